@@ -1,0 +1,238 @@
+"""The constitution: the values and the functions that every part of prunus agrees on.
+
+Read this file first. It holds frozen values and function shapes only: no nn.Module, no in-place
+write, no global random state. `True` in a mask means kept. `sparsity` is the fraction removed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from torch import Tensor
+
+from .errors import SignalError, ValueRangeError
+
+Masks: TypeAlias = Mapping[str, Tensor]
+"""Parameter name -> bool tensor of the parameter's shape, True = kept. An absent name is dense."""
+
+Weights: TypeAlias = Mapping[str, Tensor]
+"""Parameter name -> detached weight tensor. Never written to."""
+
+Scores: TypeAlias = Mapping[str, Tensor]
+"""Parameter name -> float tensor [rows, units]; higher = keep. May compute on access."""
+
+GRADIENT = "gradient"
+"""Signal: dL/dw of the training loss at the present weights, dense (also where a weight is off)."""
+
+FLOW = "flow"
+"""Signal: dR/d|w| of the synaptic flow R = 1^T (prod |W_l|) 1 of the masked network."""
+
+
+def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
+    """Return `sparsity` if it lies in [0, 1]; raise ValueRangeError if not (NaN included)."""
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueRangeError(
+            f"{name} is the fraction removed and lies between 0 and 1, got {sparsity!r}"
+            + (f"; did you mean {sparsity / 100:g}?" if 1 < sparsity <= 100 else "")
+        )
+    return float(sparsity)
+
+
+# --- what is sparse ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Site:
+    """A prunable thing that gets a budget: one weight tensor, under all the names it has.
+
+    name: its first name in `model.named_parameters()`; shape: of the tensor;
+    aliases: further names of the same (tied) tensor; unit: elements that live or die together.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+    unit: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What an update may look at beside the weights; each kind is present only if asked for."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    loss: float | None = None
+
+    def at(self, site: str) -> dict[str, Tensor]:
+        """Return {kind: tensor} of one site."""
+        return {kind: values[site] for kind, values in self.tensors.items() if site in values}
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a sparsifier remembers; all of it survives save and load.
+
+    step: optimizer steps done; round: updates already done at this step; masks: what is kept now;
+    sparsity: what the last update asked of each site; statistics: kind -> site -> tensor that a
+    method accumulates; seed: of every random draw; children: states of combined sparsifiers.
+    """
+
+    seed: int = 0
+    step: int = 0
+    round: int = 0
+    masks: Masks = field(default_factory=dict)
+    sparsity: Mapping[str, float] = field(default_factory=dict)
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    children: tuple[State, ...] = ()
+
+    def next_step(self) -> State:
+        """Return the state after one more optimizer step."""
+        children = tuple(child.next_step() for child in self.children)
+        return replace(self, step=self.step + 1, round=0, children=children)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update decided: the next state, and weights that a solver rewrote (if any)."""
+
+    state: State
+    weights: Weights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sparsifier:
+    """A complete method: three pure functions over State.
+
+    needs(state) -> the signals that an update wants now, or None when nothing is due;
+    init(sites, weights, seed) -> State; update(state, sites, weights, signals) -> Update.
+    name: what reports show. target: the sparsity it ends with, over all its sites (None: whatever
+    comes out). last: the step of its last update (None: it never ends).
+    """
+
+    name: str
+    needs: Callable[[State], frozenset[str] | None]
+    init: Callable[[Sequence[Site], Weights, int], State]
+    update: Callable[[State, Sequence[Site], Weights, Signals], Update]
+    target: float | None = None
+    last: int | None = None
+
+    def __repr__(self) -> str:
+        """Show the method and its arguments."""
+        return self.name
+
+
+# --- the slots that methods are composed of ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a slot may look at beside the weight of one site.
+
+    mask: what is kept now (None = all of it); key: see `rng`, unique to seed, step, round and site.
+    """
+
+    site: Site
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+    key: tuple[int | str, ...] = ()
+
+    def __getitem__(self, kind: str) -> Tensor:
+        """Return a signal of this site; raise SignalError if nobody provided it."""
+        try:
+            return self.signals[kind]
+        except KeyError:
+            raise SignalError(
+                f"site {self.site.name!r} has no signal {kind!r}; "
+                f"list it in the `needs` of the score that reads it"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Which? `value(w, context)` -> float tensor shaped like w; higher = keep.
+
+    cheap: computing it again costs less than keeping it, so that thresholds stream over sites.
+    """
+
+    name: str
+    value: Callable[[Tensor, Context], Tensor]
+    needs: frozenset[str] = frozenset()
+    cheap: bool = False
+
+
+@dataclass(frozen=True)
+class Structure:
+    """In which shape? Every structure is: reduce to rows of units, keep k of each row, expand.
+
+    layout(shape) -> (rows, units per row, elements per unit), or ShapeError;
+    reduce(score) -> [rows, units]; expand(keep [rows, units], shape) -> bool tensor of that shape.
+    pinned: the sparsity that the structure itself fixes, None if it fixes none.
+    """
+
+    name: str
+    layout: Callable[[tuple[int, ...]], tuple[int, int, int]]
+    reduce: Callable[[Tensor], Tensor]
+    expand: Callable[[Tensor, tuple[int, ...]], Tensor]
+    pinned: float | None = None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How much where? `share(sites, scores, sparsity)` -> {site name: sparsity}.
+
+    The shares remove `sparsity` of all elements of the sites, or TargetError says who stands in
+    the way. compares: whether it reads the scores (then they must be comparable between sites).
+    """
+
+    name: str
+    share: Callable[[Sequence[Site], Scores, float], Mapping[str, float]]
+    compares: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much when? `at(step)` -> sparsity to reach now, or None when no update is due.
+
+    final: the sparsity it ends with; last: the step of its last update (None: never ends);
+    gradual: whether it passes through other sparsities on the way.
+    """
+
+    name: str
+    at: Callable[[int], float | None]
+    final: float
+    last: int | None = None
+    gradual: bool = False
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What to add? `value(w, context)` ranks what is off; `turnover(step)` says how much is moved.
+
+    turnover: fraction of a site's kept units that is dropped and grown again in one update.
+    fill(w, context) -> values of grown weights; None = zeros.
+    """
+
+    name: str
+    value: Callable[[Tensor, Context], Tensor]
+    turnover: Callable[[int], float]
+    needs: frozenset[str] = frozenset()
+    fill: Callable[[Tensor, Context], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Repair? `solve(w, scores [rows, units], k, structure, context)` -> (mask, new w or None).
+
+    Keeps exactly k units of each row. None: the weights that stay are left as they are.
+    """
+
+    name: str
+    solve: Callable[[Tensor, Tensor, int, Structure, Context], tuple[Tensor, Tensor | None]]
+    needs: frozenset[str] = frozenset()

@@ -1,0 +1,372 @@
+"""Attach a sparsifier to an optimizer: one line, and the training loop does not change."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import sites as sites_
+from ..core import GRADIENT, Masks, Site, Sparsifier, State
+from ..errors import AttachError
+from .agree import check_agreement
+from .checkpoint import KEY, from_blob, to_blob
+from .signals import Sources, collect
+
+# Weak on both sides: the optimizer's hooks keep an Attached alive, and nothing else has to.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attached]] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    sparsifier: Sparsifier,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    include: sites_.Patterns = None,
+    exclude: sites_.Patterns = None,
+    inputs: Any = None,
+    seed: int = 0,
+) -> Attached:
+    """Let `sparsifier` prune `model` while `optimizer` trains it; the loop stays as it is.
+
+    Works through the optimizer's own hooks: before each step a due update chooses masks and the
+    gradients of what is off are cleared; after it, what is off is exactly zero. Parameters keep
+    their names, shapes and identity. Masks, step and seed travel in `optimizer.state_dict()`, and
+    a state that was loaded before attaching is taken up. Moments of what is dropped or grown
+    become zero.
+
+    include, exclude: which weights (see `sites.find`); inputs: one example batch, for methods that
+    run the network themselves (SynFlow); seed: of random choices.
+    Returns an Attached. Raises AttachError if the optimizer holds none of the weights or already
+    has a sparsifier, SiteError, NotFiniteError, SignalError as the parts do.
+    """
+    if not isinstance(sparsifier, Sparsifier):
+        raise AttachError(
+            f"expected a method such as pr.methods.gradual_magnitude(...), got {sparsifier!r}"
+        )
+    _check_free(model)
+    attached = Attached(
+        sparsifier, model, optimizer, _sites(model, optimizer, include, exclude), inputs, seed
+    )
+    try:
+        attached._start()
+    except BaseException:
+        attached.detach()
+        raise
+    return attached
+
+
+def attached(model: nn.Module) -> Attached | None:
+    """Return what is attached to a model, None if nothing is."""
+    reference = _ATTACHED.get(sites_.unwrap(model))
+    known = None if reference is None else reference()
+    return known if known is not None and known.alive else None
+
+
+def _check_free(model: nn.Module) -> None:
+    known = attached(model)
+    if known is not None:
+        raise AttachError(
+            f"{known.sparsifier} is already attached to this model: combine methods with "
+            f"pr.combine, or end it first with pr.attached(model).detach()"
+        )
+
+
+def _sites(
+    model: nn.Module, optimizer: Optimizer, include: sites_.Patterns, exclude: sites_.Patterns
+) -> tuple[Site, ...]:
+    """Find the sites and make sure that this optimizer trains them."""
+    found = sites_.find(model, include, exclude)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = sites_.parameters(model, found)
+    for name, parameter in parameters.items():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise AttachError(
+                f"{name!r} is a sharded DTensor (FSDP), which masks do not support yet; use DDP"
+            )
+    trained = tuple(s for s in found if id(parameters[s.name]) in held)
+    if not trained:
+        raise AttachError(
+            "the optimizer trains none of the prunable weights of this model; was it made before "
+            "the model was moved or changed? Make the optimizer from model.parameters() again"
+        )
+    foreign = [
+        s.name
+        for s in found
+        if id(parameters[s.name]) not in held and parameters[s.name].requires_grad
+    ]
+    if foreign:
+        raise AttachError(
+            f"this optimizer does not train {', '.join(foreign)}, so nothing would keep them "
+            f"sparse; pass exclude= for them, or attach to the optimizer that trains them"
+        )
+    return trained
+
+
+class Attached:
+    """A sparsifier at work on a model and its optimizer.
+
+    state: the pure State; masks: what is kept now; sites: what is pruned.
+    """
+
+    def __init__(
+        self,
+        sparsifier: Sparsifier,
+        model: nn.Module,
+        optimizer: Optimizer,
+        sites: tuple[Site, ...],
+        inputs: Any,
+        seed: int,
+    ) -> None:
+        """Use `attach`."""
+        self.sparsifier = sparsifier
+        self.sites = sites
+        self._optimizer = weakref.ref(optimizer)
+        self._wrapped = model
+        self._inputs = inputs
+        self._parameters = sites_.parameters(model, sites)
+        self.state: State = sparsifier.init(sites, sites_.weights(self._parameters), seed)
+        self._off: dict[str, Tensor] = {}
+        self._skipped = False
+        self._handles: list[Any] = []
+        self._owned: Optimizer | None = None
+
+    # --- what a user asks ---------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's own module, below DDP and torch.compile."""
+        return sites_.unwrap(self._wrapped)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the optimizer still exists, so that the masks are still kept."""
+        return self._optimizer() is not None and bool(self._handles)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer whose steps drive this."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise AttachError(f"the optimizer that {self.sparsifier} was attached to is gone")
+        return optimizer
+
+    @property
+    def masks(self) -> Masks:
+        """Site name -> bool mask, True = kept; sites that are dense are absent."""
+        return self.state.masks
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all weights of the sites that is off now."""
+        total = sum(site.size for site in self.sites)
+        return sum(int(off.sum()) for off in self._off.values()) / max(1, total)
+
+    def site_sparsity(self) -> dict[str, float]:
+        """Return the fraction that is off, for every site."""
+        return {
+            s.name: int(self._off[s.name].sum()) / s.size if s.name in self._off else 0.0
+            for s in self.sites
+        }
+
+    def unfinished(self) -> str | None:
+        """Say in a sentence what the schedule still owes, None if its target is reached."""
+        last, step = self.sparsifier.last, self.state.step
+        if last is None or step > last:
+            return None
+        if step == last and self.sparsifier.needs(self.state) is None:
+            return None
+        target = self.sparsifier.target
+        goal = "" if target is None else f", so that {self.sparsity:.4g} of {target:.4g} is reached"
+        return (
+            f"{self.sparsifier} is not finished: its last update is at optimizer step {last}, "
+            f"{self.state.step} were made{goal}"
+        )
+
+    def detach(self) -> None:
+        """Stop: hooks are removed, weights stay as they are (nothing keeps them zero any more)."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if attached(self.model) is None:
+            _ATTACHED.pop(self.model, None)
+
+    def __repr__(self) -> str:
+        """Show the method, where it stands and what it reached."""
+        return (
+            f"<{self.sparsifier} at step {self.state.step}: {len(self.sites)} sites, "
+            f"sparsity {self.sparsity:.4f}>"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
+        """Copy model and optimizer with their sparsifier; plain copies of either lose the hooks."""
+        model, optimizer = copy.deepcopy((self._wrapped, self.optimizer), memo)
+        twin = Attached(
+            self.sparsifier, model, optimizer, self.sites, self._inputs, self.state.seed
+        )
+        twin._owned = optimizer  # nobody else may hold the copy
+        memo[id(self)] = twin
+        twin._install()
+        twin._restore(to_blob(self.state))
+        return twin
+
+    # --- hooks --------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._install()
+        blob = self.optimizer.param_groups[0].pop(KEY, None)
+        if blob is not None:
+            self._restore(blob)
+            return
+        due = self.sparsifier.needs(self.state)
+        # Only what needs no gradient can happen before the first backward pass.
+        while due is not None and GRADIENT not in due:
+            self._update(due, training=False)
+            due = self.sparsifier.needs(self.state)
+        self._enforce()
+
+    def _install(self) -> None:
+        optimizer = self.optimizer
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_post_hook(self._load),
+        ]
+        _ATTACHED[self.model] = weakref.ref(self)
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # step hooks of torch get the optimizer again as args[0] in some versions
+        rest = args[1:] if args and args[0] is optimizer else args
+        closure = rest[0] if rest else kwargs.get("closure")
+        if closure is None:
+            self._prepare(first=True)
+            return None
+        wrapped = self._around(closure)
+        if rest:
+            return (*args[: len(args) - len(rest)], wrapped, *rest[1:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
+
+    def _around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Wrap a closure: gradients exist only once it has run; the first run may update masks."""
+        calls = 0
+
+        def wrapped() -> Any:
+            nonlocal calls
+            loss = closure()
+            self._prepare(first=calls == 0)
+            calls += 1
+            return loss
+
+        return wrapped
+
+    def _prepare(self, first: bool) -> None:
+        found_inf = getattr(self._optimizer(), "found_inf", None)
+        # A fused optimizer under a GradScaler skips the step by itself: then nothing happened.
+        self._skipped = found_inf is not None and bool(found_inf)
+        if self._skipped:
+            return
+        if first:
+            while (due := self.sparsifier.needs(self.state)) is not None:
+                self._update(due, training=True)
+        for name, off in self._off.items():
+            grad = self._parameters[name].grad
+            if grad is not None:
+                grad.masked_fill_(off.to(grad.device), 0)
+
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._enforce()
+        if not self._skipped:
+            self.state = self.state.next_step()
+
+    # --- updates ------------------------------------------------------------------------------
+
+    def _update(self, needs: frozenset[str], training: bool) -> None:
+        sources = Sources(
+            self.model,
+            self.sites,
+            self._parameters,
+            self.state.masks,
+            inputs=self._inputs,
+            training=training,
+        )
+        weights = sites_.weights(self._parameters)
+        result = self.sparsifier.update(self.state, self.sites, weights, collect(needs, sources))
+        if result.state.round <= self.state.round:
+            raise AttachError(
+                f"{self.sparsifier} asked for an update and returned round {result.state.round} "
+                f"after round {self.state.round}: an update has to count its round up"
+            )
+        with torch.no_grad():
+            for name, value in result.weights.items():
+                self._parameters[name].copy_(value)
+        self._adopt(result.state, rewritten=frozenset(result.weights))
+        if type(self._wrapped).__name__ == "DistributedDataParallel" and dist.is_initialized():
+            device = next(iter(self._parameters.values())).device
+            check_agreement(self.state.masks, self.state.step, device)
+
+    @torch.no_grad()
+    def _adopt(self, state: State, rewritten: frozenset[str] = frozenset()) -> None:
+        """Take over a state: what changed loses its moments, what came back starts at zero."""
+        before, self._off = self._off, {}
+        for site in self.sites:
+            parameter = self._parameters[site.name]
+            mask = state.masks.get(site.name)
+            if mask is not None:
+                self._off[site.name] = ~mask.to(parameter.device)
+            old, new = before.get(site.name), self._off.get(site.name)
+            if old is None and new is None:
+                continue
+            none = torch.zeros((), dtype=torch.bool, device=parameter.device)
+            changed = (none if old is None else old) ^ (none if new is None else new)
+            self._reset_moments(parameter, changed)
+            if site.name not in rewritten:
+                parameter.masked_fill_(changed, 0)
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(changed, 0)
+        self.state = state
+        self._enforce()
+
+    def _reset_moments(self, parameter: nn.Parameter, where: Tensor) -> None:
+        for value in self.optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value.masked_fill_(where.to(value.device), 0)
+
+    @torch.no_grad()
+    def _enforce(self) -> None:
+        for name, off in self._off.items():
+            parameter = self._parameters[name]
+            if off.device != parameter.device:
+                self._off[name] = off = off.to(parameter.device)
+            parameter.masked_fill_(off, 0)
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["param_groups"][0][KEY] = to_blob(self.state)
+
+    def _load(self, optimizer: Optimizer) -> None:
+        blob = optimizer.param_groups[0].pop(KEY, None)
+        self._restore(to_blob(self.state) if blob is None else blob)
+
+    def _restore(self, blob: dict[str, Any]) -> None:
+        state = from_blob(blob, self.sites)
+        self._off = {}
+        with torch.no_grad():
+            for name, mask in state.masks.items():
+                parameter = self._parameters[name]
+                off = ~mask.to(parameter.device)
+                self._off[name] = off
+                self._reset_moments(parameter, off)
+        self.state = state
+        self._enforce()

@@ -1,0 +1,75 @@
+"""A State as plain values and tensors that travel in `optimizer.state_dict()`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import Site, State
+from ..errors import AttachError
+
+KEY = "prunus"
+VERSION = 1
+
+
+def to_blob(state: State) -> dict[str, Any]:
+    """Turn a state into dicts, numbers and tensors; masks become packed bits (n / 8 bytes)."""
+    return {
+        "version": VERSION,
+        "seed": state.seed,
+        "step": state.step,
+        "round": state.round,
+        "masks": {name: _pack(mask) for name, mask in state.masks.items()},
+        "sparsity": dict(state.sparsity),
+        "statistics": {
+            kind: {name: tensor.detach().cpu().clone() for name, tensor in values.items()}
+            for kind, values in state.statistics.items()
+        },
+        "children": [to_blob(child) for child in state.children],
+    }
+
+
+def from_blob(blob: Mapping[str, Any], sites: Sequence[Site]) -> State:
+    """Rebuild a state; raises AttachError if it does not fit these sites."""
+    if blob.get("version") != VERSION:
+        raise AttachError(
+            f"the checkpoint's sparsity state has version {blob.get('version')!r}; "
+            f"this prunus reads version {VERSION}"
+        )
+    shapes = {site.name: site.shape for site in sites}
+    masks = {}
+    for name, bits in blob["masks"].items():
+        if name not in shapes:
+            raise AttachError(
+                f"the checkpoint holds a mask for {name!r}, which is no site here; attach with "
+                f"the same include= and exclude= (sites here: {', '.join(shapes)})"
+            )
+        masks[name] = _unpack(name, bits, shapes[name])
+    return State(
+        seed=int(blob["seed"]),
+        step=int(blob["step"]),
+        round=int(blob["round"]),
+        masks=masks,
+        sparsity=dict(blob["sparsity"]),
+        statistics={kind: dict(values) for kind, values in blob["statistics"].items()},
+        children=tuple(from_blob(child, sites) for child in blob["children"]),
+    )
+
+
+def _pack(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+
+
+def _unpack(name: str, bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    count = int(np.prod(shape))
+    if bits.numel() != (count + 7) // 8:
+        raise AttachError(
+            f"the mask of {name!r} in the checkpoint has {bits.numel()} bytes, but shape {shape} "
+            f"needs {(count + 7) // 8}: the checkpoint belongs to another model"
+        )
+    flat = np.unpackbits(bits.cpu().numpy(), count=count).astype(bool)
+    return torch.from_numpy(flat).reshape(shape)

@@ -1,0 +1,71 @@
+"""Prune a model here and now, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import sites as sites_
+from ..core import Masks, Sparsifier, State
+from ..errors import SignalError
+from .signals import Loss, Sources, collect
+
+
+def prune(
+    model: nn.Module,
+    sparsifier: Sparsifier,
+    *,
+    inputs: Any = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    include: sites_.Patterns = None,
+    exclude: sites_.Patterns = None,
+    seed: int = 0,
+) -> Masks:
+    """Run all updates of a method one after the other and zero what is off, in place.
+
+    inputs: one example batch (SynFlow); batches and loss: calibration data for methods that read
+    gradients, averaged over the batches; loss(model, batch) returns a scalar. A generator is read
+    once and kept, as later rounds need it again. Returns the masks; to go on training with them,
+    attach `methods.fixed()`. On an error the weights are as they were.
+    Raises SignalError if the method has no end or misses a signal, TargetError, NotFiniteError.
+    """
+    if sparsifier.last is None:
+        raise SignalError(f"{sparsifier} never ends by itself: attach it to an optimizer instead")
+    model = sites_.unwrap(model)
+    sites = sites_.find(model, include, exclude)
+    parameters = sites_.parameters(model, sites)
+    if batches is not None and not isinstance(batches, (list, tuple)):
+        batches = list(batches)
+    backup = {name: p.detach().clone() for name, p in parameters.items()}
+    state = sparsifier.init(sites, sites_.weights(parameters), seed)
+    try:
+        while state.step <= sparsifier.last:
+            while (needs := sparsifier.needs(state)) is not None:
+                sources = Sources(
+                    model, sites, parameters, state.masks, inputs, batches, loss, training=False
+                )
+                result = sparsifier.update(
+                    state, sites, sites_.weights(parameters), collect(needs, sources)
+                )
+                state = replace(result.state, round=max(result.state.round, state.round + 1))
+                _apply(parameters, state, result.weights)
+            state = state.next_step()
+    except BaseException:
+        with torch.no_grad():
+            for name, value in backup.items():
+                parameters[name].copy_(value)
+        raise
+    return state.masks
+
+
+@torch.no_grad()
+def _apply(parameters: dict[str, nn.Parameter], state: State, weights: Any) -> None:
+    for name, value in weights.items():
+        parameters[name].copy_(value)
+    for name, mask in state.masks.items():
+        parameters[name].masked_fill_(~mask, 0)

@@ -1,0 +1,113 @@
+"""Find what can be pruned in a model, under names that survive DDP and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from .core import Site
+from .errors import SiteError
+
+Patterns = str | Sequence[str] | None
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's own module below torch.compile, DataParallel and DDP."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the weights of one module that are matrix products with its input."""
+    if isinstance(module, (nn.Linear, nn.Bilinear, *_CONVOLUTIONS)):
+        names = ["weight"]
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
+        names = [n for n, _ in module.named_parameters(recurse=False) if "weight" in n]
+    elif type(module).__name__ == "Conv1D":  # the transposed Linear of transformers' GPT-2
+        names = ["weight"]
+    else:
+        names = []
+    for name in names:
+        value = getattr(module, name, None)
+        if isinstance(value, nn.Parameter) and value.ndim >= 2:
+            yield value
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a name matches a pattern: shell wildcards, or a module prefix of the name."""
+    return any(fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns)
+
+
+def _as_list(patterns: Patterns) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns or ())
+
+
+def find(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> tuple[Site, ...]:
+    """List the prunable weights of a model in the order of `named_parameters()`.
+
+    Weights of linear, convolution, recurrent and attention layers; not embeddings, norms, biases.
+    A tensor that has several names (tied weights) is one site. include, exclude: names, prefixes
+    or shell patterns such as "encoder.*.weight"; `include` may name any parameter of two or more
+    dimensions. Raises SiteError if a pattern matches nothing or if nothing is left.
+    """
+    model = unwrap(model)
+    wanted, unwanted = _as_list(include), _as_list(exclude)
+    names: dict[int, list[str]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    prunable = {id(w) for module in model.modules() for w in _weights_of(module)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise SiteError(f"{name!r} has no shape yet: run the model once before pruning it")
+        if parameter.ndim >= 2 and (wanted or id(parameter) in prunable):
+            names.setdefault(id(parameter), []).append(name)
+            shapes[id(parameter)] = tuple(parameter.shape)
+    for pattern in wanted + unwanted:
+        if not any(matches(n, [pattern]) for group in names.values() for n in group):
+            known = ", ".join(group[0] for group in names.values()) or "none"
+            raise SiteError(f"pattern {pattern!r} matches no prunable weight; there are: {known}")
+    sites = [
+        Site(group[0], shapes[key], aliases=tuple(group[1:]))
+        for key, group in names.items()
+        if (not wanted or any(matches(n, wanted) for n in group))
+        and not any(matches(n, unwanted) for n in group)
+    ]
+    if not sites:
+        raise SiteError(
+            f"{type(model).__name__} has no prunable weight left; prunable are the weights of "
+            f"linear, convolution, recurrent and attention layers"
+        )
+    return tuple(sites)
+
+
+def parameters(model: nn.Module, sites: Iterable[Site]) -> dict[str, nn.Parameter]:
+    """Return {site name: its live parameter}."""
+    model = unwrap(model)
+    return {site.name: model.get_parameter(site.name) for site in sites}
+
+
+def weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return {site name: detached weight}, sharing memory with the parameters."""
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def with_unit(site: Site, unit: int) -> Site:
+    """Return the site with its unit size set, as a structure prescribes."""
+    return replace(site, unit=unit)

@@ -1,0 +1,88 @@
+"""Two processes under DDP (gloo) hold identical masks and weights at every step."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import prunus as pr
+from prunus.errors import DisagreementError
+
+METHODS = {
+    "gradual": lambda: pr.methods.gradual_magnitude(0.9, 12, every=1),
+    "rigl": lambda: pr.methods.rigl(0.8, 12, every=3),
+    "set": lambda: pr.methods.set_(0.8, 12, every=3),
+    "snip": lambda: pr.methods.snip(0.8),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def digest(tensors) -> str:
+    h = hashlib.blake2b(digest_size=16)
+    for t in tensors:
+        h.update(t.detach().numpy().tobytes())
+    return h.hexdigest()
+
+
+def worker(rank: int, port: int, name: str, spoil: bool, results) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        model = DistributedDataParallel(
+            nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 7))
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
+        attached = pr.attach(METHODS[name](), model, optimizer, seed=1)
+        history = []
+        for step in range(12):
+            generator = torch.Generator().manual_seed(100 * step + rank)
+            x = torch.randn(8, 20, generator=generator)
+            y = torch.randint(0, 7, (8,), generator=generator)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            if spoil and rank == 1 and step == 5:
+                with torch.no_grad():
+                    model.module[0].weight.mul_(torch.rand(30, 20))
+            optimizer.step()
+            masks = [attached.masks[k].to(torch.uint8) for k in sorted(attached.masks)]
+            history.append((digest(masks), digest(model.parameters())))
+        results[rank] = history
+    except DisagreementError as error:
+        results[rank] = str(error)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(name: str, spoil: bool = False):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(worker, (free_port(), name, spoil, results), nprocs=2)
+        return results[0], results[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_agree_at_every_step(name):
+    first, second = run(name)
+    assert len(first) == 12
+    assert first == second
+
+
+def test_ranks_that_disagree_are_told():
+    first, second = run("gradual", spoil=True)
+    assert "different masks" in first
+    assert "different masks" in second
