@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from .core import Signals, Site, Sparsifier, State, Update, Weights
-from .errors import CompositionError, SiteError
-from .sites import matches
+from prunus.core import Signals, Site, Sparsifier, State, Update, Weights
+from prunus.errors import CompositionError, SiteError
+from prunus.sites import matches
 
 
 def by_site(rules: Mapping[str, Sparsifier]) -> Sparsifier:
@@ -44,12 +44,14 @@ def by_site(rules: Mapping[str, Sparsifier]) -> Sparsifier:
 
     def needs(state: State) -> frozenset[str] | None:
         return _union(
-            method.needs(child) for method, child in zip(methods, state.children, strict=True)
+            method.needs(_inherit(child, state))
+            for method, child in zip(methods, state.children, strict=True)
         )
 
     def update(state: State, sites: Sequence[Site], weights: Weights, signals: Signals) -> Update:
         results = []
         for method, child, group in zip(methods, state.children, split(sites), strict=True):
+            child = _inherit(child, state, [site.name for site in group])
             due = method.needs(child) is not None
             results.append(method.update(child, group, weights, signals) if due else Update(child))
         return _merge(state, results)
@@ -68,7 +70,9 @@ def then(first: Sparsifier, step: int, second: Sparsifier) -> Sparsifier:
 
     def needs(state: State) -> frozenset[str] | None:
         before, after = state.children
-        return first.needs(before) if state.step < step else second.needs(_shift(after, state))
+        if state.step < step:
+            return first.needs(_inherit(before, state))
+        return second.needs(_inherit(_moved(after, -step), state))
 
     def init(sites: Sequence[Site], weights: Weights, seed: int) -> State:
         children = (first.init(sites, weights, seed), second.init(sites, weights, seed))
@@ -77,11 +81,12 @@ def then(first: Sparsifier, step: int, second: Sparsifier) -> Sparsifier:
     def update(state: State, sites: Sequence[Site], weights: Weights, signals: Signals) -> Update:
         before, after = state.children
         if state.step < step:
-            result = first.update(before, sites, weights, signals)
+            result = first.update(_inherit(before, state), sites, weights, signals)
             children = (result.state, after)
         else:
-            result = second.update(_shift(after, state), sites, weights, signals)
-            children = (before, replace(result.state, step=after.step))
+            start = _inherit(_moved(after, -step), state)
+            result = second.update(start, sites, weights, signals)
+            children = (before, _moved(result.state, step))
         state = replace(
             state,
             round=state.round + 1,
@@ -91,13 +96,23 @@ def then(first: Sparsifier, step: int, second: Sparsifier) -> Sparsifier:
         )
         return Update(state, result.weights)
 
-    def _shift(child: State, state: State) -> State:
-        masks = child.masks or state.masks
-        return replace(child, step=state.step - step, masks=masks)
-
     last = None if second.last is None else second.last + step
     name = f"then({first.name}, {step}, {second.name})"
     return Sparsifier(name, needs, init, update, target=second.target, last=last)
+
+
+def _moved(state: State, steps: int) -> State:
+    """Return the state on another clock, and the states inside it too."""
+    children = tuple(_moved(child, steps) for child in state.children)
+    return replace(state, step=state.step + steps, children=children)
+
+
+def _inherit(child: State, state: State, names: Sequence[str] | None = None) -> State:
+    """Let a method that has not acted yet start from the masks that are there already."""
+    if child.masks:
+        return child
+    masks = state.masks if names is None else {n: m for n, m in state.masks.items() if n in names}
+    return replace(child, masks=masks)
 
 
 def _union(needs: Iterable[frozenset[str] | None]) -> frozenset[str] | None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import select
-from .allocations import uniform
-from .core import (
+from prunus import select
+from prunus.allocations import uniform
+from prunus.core import (
     Allocation,
     Context,
     Growth,
@@ -26,11 +26,11 @@ from .core import (
     Update,
     Weights,
 )
-from .errors import CompositionError, NotFiniteError, ShapeError, TargetError
-from .schedules import one_shot
-from .sites import with_unit
-from .solvers import top_k
-from .structures import element
+from prunus.errors import CompositionError, ShapeError, TargetError
+from prunus.schedules import one_shot
+from prunus.sites import with_unit
+from prunus.solvers import top_k
+from prunus.structures import element
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,7 @@ def _needs(slots: Slots, state: State) -> frozenset[str] | None:
 
 def _init(slots: Slots, sites: Sequence[Site], weights: Weights, seed: int) -> State:
     _layouts(slots.structure, sites)
-    for site in sites:
-        for chunk in weights[site.name].flatten().split(select.CHUNK):
-            if not torch.isfinite(chunk).all():
-                raise NotFiniteError(
-                    f"weight {site.name!r} (shape {site.shape}) holds NaN or infinity; "
-                    f"repair or exclude it before pruning"
-                )
+    select.check_weights(sites, weights)
     return State(seed=seed)
 
 
@@ -277,8 +271,14 @@ def _unit_scores(score: Score, slots: Slots, w: Tensor, at: Context, moving: boo
         )
     units = slots.structure.reduce(select.check_scores(values, at.site.name))
     if moving and at.mask is not None:
-        units = units.masked_fill(~units_on(slots.structure, at.mask), float("-inf"))
+        units = _off_last(units, ~units_on(slots.structure, at.mask))
     return units
+
+
+def _off_last(scores: Tensor, off: Tensor) -> Tensor:
+    """Rank what is off below everything else, also below scores of -inf."""
+    lowest = torch.finfo(scores.dtype).min
+    return scores.clamp(min=lowest).masked_fill_(off, float("-inf"))
 
 
 def _grain(layout: tuple[int, int, int]) -> int:
@@ -337,13 +337,12 @@ def _move(
     shape = tuple(w.shape)
     mask = torch.ones_like(w, dtype=torch.bool) if at.mask is None else at.mask
     on = units_on(structure, mask)
-    kept, free = int(on.sum()), int((~on).sum())
+    kept, free = int(on.sum(1).min()), int((~on).sum(1).min())  # of each row
     keep = min(k - min(int(grow.turnover(step) * k), free, k), kept)
     keep = max(keep, k - free)
-    lowest = float("-inf")
-    stay = select.keep_top(scores.masked_fill(~on, lowest), keep)
+    stay = select.keep_top(_off_last(scores, ~on), keep)
     ranking = structure.reduce(select.check_scores(grow.value(w, at), at.site.name))
-    added = select.keep_top(ranking.masked_fill(on, lowest), k - keep)
+    added = select.keep_top(_off_last(ranking, on), k - keep)
     grown = structure.expand(added, shape)
     new = None
     if grow.fill is not None:

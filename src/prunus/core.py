@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from .errors import SignalError, ValueRangeError
+from prunus.errors import SignalError, ValueRangeError
 
 Masks: TypeAlias = Mapping[str, Tensor]
 """Parameter name -> bool tensor of the parameter's shape, True = kept. An absent name is dense."""
@@ -36,7 +36,7 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     if not 0.0 <= sparsity <= 1.0:
         raise ValueRangeError(
             f"{name} is the fraction removed and lies between 0 and 1, got {sparsity!r}"
-            + (f"; did you mean {sparsity / 100:g}?" if 1 < sparsity <= 100 else "")
+            + (f"; did you mean {sparsity / 100:g}?" if 2 <= sparsity <= 100 else "")
         )
     return float(sparsity)
 

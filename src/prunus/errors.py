@@ -1,4 +1,4 @@
-"""Every error that prunus raises on purpose. A message names the place, the shape and the remedy."""
+"""Every error that prunus raises on purpose; a message names place, shape and remedy."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class SignalError(PrunusError, RuntimeError):
 
 class CompositionError(PrunusError, TypeError):
     """Slots that may not be combined, or a slot that breaks its contract."""
+
+
+class ContractError(PrunusError, AssertionError):
+    """A part breaks a rule of its contract; raised by prunus.checks, names rule and repair."""
 
 
 class SiteError(PrunusError, KeyError):

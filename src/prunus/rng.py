@@ -16,7 +16,8 @@ Key = tuple[int | str, ...]
 
 def generator(key: Key) -> torch.Generator:
     """Return a fresh CPU generator for `key` (any tuple of ints and strings)."""
-    digest = hashlib.blake2b(repr(tuple(key)).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)  # np.int64(3) is 3
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

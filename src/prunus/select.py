@@ -7,13 +7,13 @@ few megabytes. Ties are broken by position: the lower index is kept, earlier sit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .core import Scores, Site
-from .errors import NotFiniteError, TargetError, ValueRangeError
+from prunus.core import Scores, Site, Weights
+from prunus.errors import NotFiniteError, TargetError, ValueRangeError
 
 CHUNK = 1 << 21
 """Elements handled at a time; bounds the extra memory of a selection."""
@@ -37,6 +37,17 @@ def check_scores(scores: Tensor, site: str) -> Tensor:
                 f"signals they were computed from are not finite; nothing was changed"
             )
     return scores
+
+
+def check_weights(sites: Iterable[Site], weights: Weights) -> None:
+    """Raise NotFiniteError that names the site if a weight is NaN or infinite."""
+    for site in sites:
+        for chunk in weights[site.name].flatten().split(CHUNK):
+            if not torch.isfinite(chunk).all():
+                raise NotFiniteError(
+                    f"weight {site.name!r} (shape {site.shape}) holds NaN or infinity; "
+                    f"repair or exclude it before pruning"
+                )
 
 
 def _keys(scores: Tensor, wide: bool) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from .core import Site
-from .errors import SiteError
+from prunus.core import Site
+from prunus.errors import SiteError
 
 Patterns = str | Sequence[str] | None
 
@@ -49,6 +50,18 @@ def _weights_of(module: nn.Module) -> Iterator[nn.Parameter]:
         value = getattr(module, name, None)
         if isinstance(value, nn.Parameter) and value.ndim >= 2:
             yield value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put every module into eval mode and back into the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

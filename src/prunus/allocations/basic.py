@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
-from ..core import Allocation, Scores, Site, check_sparsity
-from ..errors import SiteError, TargetError, ValueRangeError
-from ..select import global_counts
+from prunus.core import Allocation, Scores, Site, check_sparsity
+from prunus.errors import SiteError, TargetError, ValueRangeError
+from prunus.select import global_counts
+from prunus.sites import matches
 
 
 def uniform() -> Allocation:
@@ -72,7 +72,7 @@ def overrides(base: Allocation, sparsities: Mapping[str, float]) -> Allocation:
     """Fix the sparsity of the sites that a pattern matches; the other sites share what is left.
 
     The total stays what was asked for: if classifiers are kept dense, the rest gets sparser.
-    sparsities: site name or shell pattern -> sparsity; the first matching pattern counts.
+    sparsities: name, module prefix or shell pattern -> sparsity; the first matching pattern counts.
     Raises SiteError for a pattern without a site, TargetError if the total cannot be met.
     """
     for pattern, value in sparsities.items():
@@ -81,7 +81,9 @@ def overrides(base: Allocation, sparsities: Mapping[str, float]) -> Allocation:
     def share(sites: Sequence[Site], scores: Scores, sparsity: float) -> dict[str, float]:
         fixed: dict[str, float] = {}
         for pattern, value in sparsities.items():
-            hits = [s.name for s in sites if s.name == pattern or fnmatchcase(s.name, pattern)]
+            hits = [
+                s.name for s in sites if any(matches(n, [pattern]) for n in (s.name, *s.aliases))
+            ]
             if not hits:
                 raise SiteError(
                     f"override {pattern!r} matches no site; there are: "

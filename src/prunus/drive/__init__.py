@@ -1,7 +1,7 @@
 """The driver: the only impure Python between a pure method and a living model."""
 
-from .attach import Attached, attach, attached
-from .once import prune
-from .signals import Sources, collect, evaluating
+from prunus.drive.attach import Attached, attach, attached
+from prunus.drive.once import prune
+from prunus.drive.signals import Sources, collect
 
-__all__ = ["Attached", "Sources", "attach", "attached", "collect", "evaluating", "prune"]
+__all__ = ["Attached", "Sources", "attach", "attached", "collect", "prune"]

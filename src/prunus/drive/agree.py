@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..core import Masks
-from ..errors import DisagreementError
+from prunus.core import Masks
+from prunus.errors import DisagreementError
 
 
 def fingerprint(masks: Masks) -> int:

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import sites as sites_
-from ..core import GRADIENT, Masks, Site, Sparsifier, State
-from ..errors import AttachError
-from .agree import check_agreement
-from .checkpoint import KEY, from_blob, to_blob
-from .signals import Sources, collect
+from prunus import sites as sites_
+from prunus.core import GRADIENT, Masks, Site, Sparsifier, State
+from prunus.drive.agree import check_agreement
+from prunus.drive.checkpoint import KEY, from_blob, to_blob
+from prunus.drive.signals import Sources, collect
+from prunus.errors import AttachError
 
 # Weak on both sides: the optimizer's hooks keep an Attached alive, and nothing else has to.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attached]] = weakref.WeakKeyDictionary()

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import Site, State
-from ..errors import AttachError
+from prunus.core import Site, State
+from prunus.errors import AttachError
 
 KEY = "prunus"
 VERSION = 1

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import sites as sites_
-from ..core import Masks, Sparsifier, State
-from ..errors import SignalError
-from .signals import Loss, Sources, collect
+from prunus import sites as sites_
+from prunus.core import Masks, Sparsifier, State
+from prunus.drive.signals import Loss, Sources, collect
+from prunus.errors import SignalError
 
 
 def prune(

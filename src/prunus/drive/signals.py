@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..core import FLOW, GRADIENT, Masks, Signals, Site
-from ..errors import SignalError, ValueRangeError
+from prunus.core import FLOW, GRADIENT, Masks, Signals, Site
+from prunus.errors import SignalError, ValueRangeError
+from prunus.sites import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar loss."""
@@ -45,18 +45,6 @@ def collect(needs: frozenset[str], sources: Sources) -> Signals:
             f"no collector for {', '.join(sorted(unknown))}; known: {', '.join(_COLLECTORS)}"
         )
     return Signals({kind: _COLLECTORS[kind](sources) for kind in sorted(needs)})
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode and back into the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _gradient(sources: Sources) -> dict[str, Tensor]:
@@ -107,7 +95,7 @@ def _flow(sources: Sources) -> dict[str, Tensor]:
     leaves: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         value = parameter.detach().double().abs()
-        if parameter.ndim < 2 and name.rpartition(".")[2].startswith("bias"):
+        if parameter.ndim < 2 and "bias" in name.rpartition(".")[2]:
             value = torch.zeros_like(value)
         site = where.get(id(parameter))
         if site is not None:

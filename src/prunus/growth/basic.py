@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .. import rng
-from ..core import GRADIENT, Growth, check_sparsity
-from ..errors import ValueRangeError
+from prunus import rng
+from prunus.core import GRADIENT, Growth, check_sparsity
+from prunus.errors import ValueRangeError
 
 
 def cosine(fraction: float, steps: int) -> Callable[[int], float]:

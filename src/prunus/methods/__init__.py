@@ -1,9 +1,15 @@
 """Named methods: recipes of slots, with their papers' defaults."""
 
-from .dynamic import rigl, set_
-from .fixed import fixed
-from .lottery import Ticket, lottery_ticket
-from .pruning import gradual_magnitude, one_shot_magnitude, random_pruning, snip, synflow
+from prunus.methods.dynamic import rigl, set_
+from prunus.methods.fixed import fixed
+from prunus.methods.lottery import Ticket, lottery_ticket
+from prunus.methods.pruning import (
+    gradual_magnitude,
+    one_shot_magnitude,
+    random_pruning,
+    snip,
+    synflow,
+)
 
 __all__ = [
     "Ticket",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .. import allocations, growth, schedules, scores
-from ..compose import compose
-from ..core import Allocation, Sparsifier, Structure
+from prunus import allocations, growth, schedules, scores
+from prunus.compose import compose
+from prunus.core import Allocation, Sparsifier, Structure
 
 
 def set_(

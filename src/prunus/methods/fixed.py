@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..core import Masks, Signals, Site, Sparsifier, State, Update, Weights
-from ..errors import ShapeError, TargetError
+from prunus.core import Masks, Signals, Site, Sparsifier, State, Update, Weights
+from prunus.errors import ShapeError, TargetError
+from prunus.select import check_weights
 
 
 def fixed(masks: Masks | None = None) -> Sparsifier:
@@ -15,6 +16,10 @@ def fixed(masks: Masks | None = None) -> Sparsifier:
     masks: site name -> bool tensor of the site's shape, True = kept; a site without one stays
     dense. Raises ShapeError for a mask that does not fit, TargetError if there is no zero to keep.
     """
+
+    def init(sites: Sequence[Site], weights: Weights, seed: int) -> State:
+        check_weights(sites, weights)
+        return State(seed=seed)
 
     def update(state: State, sites: Sequence[Site], weights: Weights, signals: Signals) -> Update:
         found = {
@@ -37,7 +42,7 @@ def fixed(masks: Masks | None = None) -> Sparsifier:
     return Sparsifier(
         "fixed()",
         needs=lambda state: frozenset() if state.step == 0 and state.round == 0 else None,
-        init=lambda sites, weights, seed: State(seed=seed),
+        init=init,
         update=update,
         last=0,
     )

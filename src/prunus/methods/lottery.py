@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import allocations, schedules, scores, sites
-from ..compose import compose
-from ..core import Allocation, Masks, Signals, Structure
-from ..drive import attach
-from ..errors import ValueRangeError
-from .fixed import fixed
+from prunus import allocations, schedules, scores, sites
+from prunus.compose import compose
+from prunus.core import Allocation, Masks, Signals, Structure
+from prunus.drive import attach
+from prunus.errors import ValueRangeError
+from prunus.methods.fixed import fixed
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .. import allocations, schedules, scores
-from ..compose import compose
-from ..core import Allocation, Sparsifier, Structure
-from ..errors import ValueRangeError
+from prunus import allocations, schedules, scores
+from prunus.compose import compose
+from prunus.core import Allocation, Sparsifier, Structure
+from prunus.errors import ValueRangeError
 
 
 def one_shot_magnitude(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..core import Schedule, check_sparsity
-from ..errors import ValueRangeError
+from prunus.core import Schedule, check_sparsity
+from prunus.errors import ValueRangeError
 
 
 def one_shot(sparsity: float, step: int = 0) -> Schedule:

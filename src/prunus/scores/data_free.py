@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .. import rng
-from ..core import Score
+from prunus import rng
+from prunus.core import Score
 
 
 def magnitude() -> Score:

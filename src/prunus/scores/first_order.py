@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from ..core import FLOW, GRADIENT, Score
+import torch
+from torch import Tensor
+
+from prunus.core import FLOW, GRADIENT, Context, Score
+
+
+def _product(w: Tensor, at: Context) -> Tensor:
+    """Return dL/dw * w, at least in float32: in half precision the squares underflow."""
+    wide = torch.promote_types(w.dtype, torch.float32)
+    return at[GRADIENT].to(wide) * w.to(wide)
 
 
 def taylor() -> Score:
@@ -12,7 +21,7 @@ def taylor() -> Score:
     weights. Differs: a group's importance sums these squares over its members (their eq. 8 for a
     set of parameters taken one by one), not the square of the sum.
     """
-    return Score("taylor", lambda w, at: (at[GRADIENT] * w).square(), frozenset({GRADIENT}))
+    return Score("taylor", lambda w, at: _product(w, at).square(), frozenset({GRADIENT}))
 
 
 def snip() -> Score:
@@ -21,7 +30,7 @@ def snip() -> Score:
     Source: Lee, Ajanthan, Torr 2019, arXiv 1810.02340, eq. 4-5. Differs: not divided by the sum
     over all weights, which does not change the order.
     """
-    return Score("snip", lambda w, at: (at[GRADIENT] * w).abs(), frozenset({GRADIENT}))
+    return Score("snip", lambda w, at: _product(w, at).abs(), frozenset({GRADIENT}))
 
 
 def synflow() -> Score:

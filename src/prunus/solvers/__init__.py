@@ -1,5 +1,5 @@
 """Repair? A solver picks the mask from unit scores and may rewrite the weights that stay."""
 
-from .selection import top_k
+from prunus.solvers.selection import top_k
 
 __all__ = ["top_k"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..core import Context, Solver, Structure
-from ..select import keep_top
+from prunus.core import Context, Solver, Structure
+from prunus.select import keep_top
 
 
 def top_k() -> Solver:

@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from ..core import Structure
-from ..errors import ShapeError, ValueRangeError
+from prunus.core import Structure
+from prunus.errors import ShapeError, ValueRangeError
 
 
 def element() -> Structure:
@@ -98,9 +98,18 @@ def channel(axis: int = 0, reduction: str = "sum") -> Structure:
     if reduction not in ("sum", "mean"):
         raise ValueRangeError(f"reduction is 'sum' or 'mean', got {reduction!r}")
 
+    def layout(shape: tuple[int, ...]) -> tuple[int, int, int]:
+        if len(shape) < 2:
+            raise ShapeError(
+                f"shape {tuple(shape)} has fewer than two axes, so no channels; exclude this site"
+            )
+        return 1, shape[axis], math.prod(shape) // max(1, shape[axis])
+
     def reduce(score: Tensor) -> Tensor:
-        slices = score.movedim(axis, 0).flatten(1)
-        return (slices.sum(1) if reduction == "sum" else slices.mean(1)).reshape(1, -1)
+        slices = score.movedim(axis, 0).contiguous().flatten(1)
+        sums = slices.sum(1)
+        count = 1 if reduction == "sum" else max(1, slices.shape[1])
+        return (sums / count).reshape(1, -1)
 
     def expand(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
         narrow = [1] * len(shape)
@@ -109,7 +118,7 @@ def channel(axis: int = 0, reduction: str = "sum") -> Structure:
 
     return Structure(
         f"channel(axis={axis})",
-        layout=lambda shape: (1, shape[axis], math.prod(shape) // max(1, shape[axis])),
+        layout=layout,
         reduce=reduce,
         expand=expand,
     )

@@ -1,0 +1,48 @@
+"""`prunus demo`: the whole chain on the digit images of scikit-learn."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from prunus.bench import MLP, digits, digits_cnn, mlp
+from prunus.cli.experiment import Experiment, Training
+from prunus.core import Sparsifier
+from prunus.methods import gradual_magnitude
+
+SPARSITY = 0.95
+WIDTHS = (2, 4, 8, 16, 32, 64)
+
+
+def _method(sparsity: float | None, steps: int) -> Sparsifier:
+    return gradual_magnitude(SPARSITY if sparsity is None else sparsity, steps)
+
+
+def experiments(seeds: int, folder: Path) -> list[Experiment]:
+    """Return a wide MLP of 2.5 million parameters, and a small CNN beside it."""
+    return [
+        Experiment(
+            name="mlp",
+            model=lambda seed: mlp(seed=seed),
+            data=digits,
+            method=_method,
+            training=Training(epochs=15, batch_size=128, lr=1e-3, weight_decay=0.01),
+            folder=folder,
+            seeds=range(seeds),
+            sweep=(0.5, 0.8, 0.9, 0.98, 0.99),
+            frontier=[partial(_narrow, width) for width in WIDTHS],
+        ),
+        Experiment(
+            name="cnn",
+            model=lambda seed: digits_cnn(seed=seed),
+            data=digits,
+            method=_method,
+            training=Training(epochs=8, batch_size=128, lr=2e-3, weight_decay=0.01),
+            folder=folder,
+            seeds=range(seeds),
+        ),
+    ]
+
+
+def _narrow(width: int, seed: int) -> MLP:
+    return mlp(hidden=(width, width), seed=seed)

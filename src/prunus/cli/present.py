@@ -1,0 +1,222 @@
+"""Outcomes as tables, as JSON, and as a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunus.cli.experiment import Outcome, Run
+from prunus.evidence import Side
+from prunus.report import (
+    Figure,
+    Highlight,
+    Report,
+    Table,
+    accuracy_against_sparsity,
+    byte_size,
+    count,
+    duration,
+    latency_bars,
+    layer_sparsity,
+    mask_picture,
+    percent,
+    ratio,
+    spread,
+    write_report,
+)
+
+
+def table(outcome: Outcome) -> Table:
+    """Dense and sparse side by side; several seeds as median and range."""
+    runs, name = outcome.runs, outcome.experiment.name
+    rows: list[tuple[str, str, str]] = []
+
+    def row(label: str, read: Callable[[Side], float | None], show: Callable[[Any], str]) -> None:
+        dense = _range([read(run.evidence.dense) for run in runs], show)
+        rows.append((label, dense, _range([read(run.evidence.sparse) for run in runs], show)))
+
+    row("test accuracy", lambda s: s.accuracy.value, lambda v: percent(v, 2))
+    row("parameters", lambda s: s.parameters, count)
+    row("non-zeros", lambda s: s.nonzeros, count)
+    row("bytes on disk", lambda s: s.bytes, byte_size)
+    row("peak memory", lambda s: s.memory.bytes, byte_size)
+    row("FLOPs of an example", lambda s: s.flops, count)
+    batch_sizes = list(runs[0].evidence.speedup)
+    for n in batch_sizes:
+        rows.append(_latency_row(runs, n))
+    for n in batch_sizes:
+        gains = [run.evidence.speedup[n] for run in runs]
+        value = statistics.median(g.median for g in gains)
+        low, high = min(g.low for g in gains), max(g.high for g in gains)
+        rows.append(
+            (f"speed-up, batch {n}", ratio(1.0), spread(ratio(value), ratio(low), ratio(high)))
+        )
+    row("accuracy density, % per million", lambda s: s.accuracy_density, lambda v: f"{v:,.1f}")
+    row(
+        "correct per logit and parameter",
+        lambda s: s.correct_per_logit_and_parameter,
+        lambda v: f"{v:.2e}",
+    )
+    if outcome.frontier:
+        row("parameter efficiency", lambda s: s.efficiency, ratio)
+        row("… with the index counted", lambda s: s.efficiency_with_index, ratio)
+    seeds = f"; {len(runs)} seeds, median (lowest–highest)" if len(runs) > 1 else ""
+    threads = runs[0].evidence.threads
+    return Table(
+        f"{name}: {outcome.method}",
+        ("", "dense", "sparse"),
+        rows,
+        note=f"Latency: median (10th–90th percentile), {threads} thread, interleaved{seeds}.",
+    )
+
+
+def _range(values: Sequence[float | None], show: Callable[[Any], str]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "—"
+    return spread(show(statistics.median(known)), show(min(known)), show(max(known)))
+
+
+def _latency_row(runs: Sequence[Run], n: int) -> tuple[str, str, str]:
+    cells = []
+    for side in ("dense", "sparse"):
+        times = [getattr(run.evidence, side).latency[n] for run in runs]
+        middle = statistics.median(t.median for t in times)
+        low, high = min(t.p10 for t in times), max(t.p90 for t in times)
+        cells.append(spread(duration(middle), duration(low), duration(high)))
+    return (f"latency, batch {n}", cells[0], cells[1])
+
+
+def plain(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return everything that was measured, for JSON."""
+    return {
+        outcome.experiment.name: {
+            "method": outcome.method,
+            "frontier": [list(point) for point in outcome.frontier],
+            "runs": [
+                {
+                    "seed": run.seed,
+                    "evidence": run.evidence.to_dict(),
+                    "sites": run.sites,
+                    "curve": {f"{s:.6g}": a for s, a in run.curve.items()},
+                    "file": str(run.file),
+                }
+                for run in outcome.runs
+            ],
+        }
+        for outcome in outcomes
+    }
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def page(path: Path, title: str, outcomes: Sequence[Outcome], command: str) -> None:
+    """Write the self-contained HTML report."""
+    first = outcomes[0].runs[0].evidence
+    write_report(
+        path,
+        Report(
+            title,
+            summary=[_sentence(outcome) for outcome in outcomes],
+            highlights=_highlights(outcomes[0]),
+            tables=[table(outcome) for outcome in outcomes]
+            + [_plan_table(outcome) for outcome in outcomes],
+            figures=[figure for outcome in outcomes for figure in _figures(outcome)],
+            environment=first.environment,
+            command=command,
+        ),
+    )
+
+
+def _sentence(outcome: Outcome) -> str:
+    runs = outcome.runs
+    drop = statistics.median(
+        100 * (r.evidence.sparse.accuracy.value - r.evidence.dense.accuracy.value) for r in runs
+    )
+    side = runs[0].evidence.sparse
+    return (
+        f"{outcome.experiment.name}: {percent(1 - side.nonzeros / side.parameters)} of all "
+        f"parameters are zero, the accuracy changes by {drop:+.2f} points."
+    )
+
+
+def _highlights(outcome: Outcome) -> list[Highlight]:
+    row = outcome.runs[0].evidence
+    largest = max(row.speedup)
+    return [
+        Highlight(percent(row.sparse.accuracy.value), f"accuracy, dense {_accuracy(row.dense)}"),
+        Highlight(percent(row.sparse.bytes / row.dense.bytes), "of the dense file"),
+        Highlight(ratio(row.speedup[largest].median), f"as fast at batch {largest}"),
+    ]
+
+
+def _accuracy(side: Side) -> str:
+    return percent(side.accuracy.value)
+
+
+def _plan_table(outcome: Outcome) -> Table:
+    plan = outcome.runs[0].evidence.plan or {"rows": [], "reason": "", "isa": ""}
+    rows = [
+        (
+            row["name"],
+            " × ".join(str(n) for n in row["shape"]),
+            percent(row["sparsity"]),
+            row["choice"],
+            duration(row["sparse_seconds"]),
+            duration(row["dense_seconds"]),
+            row["reason"],
+        )
+        for row in plan["rows"]
+    ]
+    columns = ("layer", "shape", "sparsity", "runs as", "sparse", "dense", "why")
+    note = f"Measured at batch 64 on one thread. Whole model: {plan['reason']}."
+    return Table(f"{outcome.experiment.name}: what runs where", columns, rows, note)
+
+
+def _figures(outcome: Outcome) -> list[Figure]:
+    runs, name = outcome.runs, outcome.experiment.name
+    curve: dict[float, list[float]] = {}
+    for run in runs:
+        for sparsity, accuracy in run.curve.items():
+            curve.setdefault(round(sparsity, 4), []).append(accuracy)
+    inner = {s: values for s, values in curve.items() if 0 < s < 1}
+    figures = []
+    if inner:
+        dense = [run.evidence.dense.accuracy.value for run in runs]
+        figures.append(
+            accuracy_against_sparsity(
+                {"sparse": inner}, dense, title=f"{name}: accuracy against sparsity"
+            )
+        )
+    run = runs[0]
+    sizes = {row: run.masks[row].numel() for row in run.masks}
+    layers = [(site, share, sizes[site]) for site, share in run.sites.items() if site in sizes]
+    if layers:
+        figures.append(layer_sparsity(layers, title=f"{name}: sparsity by layer"))
+        largest = max(sizes, key=lambda site: sizes[site])
+        figures.append(
+            mask_picture(run.masks[largest], name=largest, title=f"{name}: mask of {largest}")
+        )
+    bars = {
+        f"batch {n}": {"dense": run.evidence.dense.latency[n], "sparse": latency}
+        for n, latency in run.evidence.sparse.latency.items()
+    }
+    figures.append(latency_bars(bars, title=f"{name}: latency"))
+    return figures

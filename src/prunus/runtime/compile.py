@@ -1,0 +1,221 @@
+"""`compile`: swap in sparse layers where they are measured to win, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from prunus import kernels
+from prunus.errors import ShapeError, ValueRangeError
+from prunus.runtime import candidates
+from prunus.runtime.candidates import Call
+from prunus.runtime.measure import interleaved, machine, thread_count
+from prunus.runtime.plan import DENSE, SPARSE, Layer, Plan, Row
+from prunus.runtime.verify import expect_same, same_randomness
+from prunus.sites import unwrap
+
+M = TypeVar("M", bound=nn.Module)
+Choose = Callable[[Layer], str]
+
+MARGIN = 1.05
+"""A sparse layer must be this many times faster than the dense one to be taken."""
+LAYER_BUDGET = 0.15
+"""Seconds of measuring per layer and input shape."""
+MODEL_BUDGET = 1.0
+"""Seconds of measuring the whole model."""
+MOST_SHAPES = 4
+"""Input shapes per layer that are measured, the most frequent first."""
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    threads: int | None = None,
+    minimum_sparsity: float = 0.25,
+    verify: bool = True,
+    choose: Choose | None = None,
+) -> nn.Module:
+    """A copy of the model for inference, with packed layers where they are faster; see `.plan`.
+
+    example_inputs: a tensor, a tuple of positional or a mapping of named inputs, of the shapes that
+    will be used. Each nn.Linear and nn.Conv2d at `minimum_sparsity` or more is timed against its
+    packed twin on its real input shapes, then the whole model against the dense one; what does not
+    win stays dense. threads: what to measure with (None: torch.get_num_threads()).
+    choose(layer) -> "csr" or "dense" decides instead of the clock; `Plan.choose` is one.
+    The copy is in eval mode and its parameters want no gradients; the original is untouched. The
+    plan is its attribute `plan` (`prunus_plan` if the model has a `plan` of its own).
+    Raises VerificationError where outputs differ, ShapeError for lazy parameters.
+    """
+    model = unwrap(model)
+    _expect_materialised(model)
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1:
+        raise ValueRangeError(f"threads is {threads}, expected at least 1 or None")
+    with thread_count(threads), torch.no_grad():
+        plan, twins = _decide(model, example_inputs, threads, minimum_sparsity, choose)
+        if twins and (verify or choose is None):
+            plan, twins = _whole(model, example_inputs, plan, twins, verify, choose is None)
+    final = _assemble(model, twins, share=False).requires_grad_(False)
+    taken = not isinstance(getattr(model, "plan", plan), Plan)
+    setattr(final, "prunus_plan" if taken else "plan", plan)
+    return final
+
+
+def _expect_materialised(model: nn.Module) -> None:
+    """ShapeError for parameters that have no shape yet."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ShapeError(f"{name!r} has no shape yet; run one batch through the model first")
+
+
+def _assemble(model: M, twins: Mapping[str, nn.Module], *, share: bool) -> M:
+    """A copy in eval mode with twins in place of layers, wherever the model refers to them.
+
+    share: the copy uses the original's parameters, so that it costs little memory.
+    """
+    memo: dict[int, Any] = {id(model.get_submodule(name)): twin for name, twin in twins.items()}
+    if share:
+        memo.update({id(parameter): parameter for parameter in model.parameters()})
+    return copy.deepcopy(model, memo).eval()
+
+
+def _decide(
+    model: nn.Module, example: Any, threads: int, minimum: float, choose: Choose | None
+) -> tuple[Plan, dict[str, nn.Module]]:
+    """The plan layer by layer, and {name: sparse twin} of the layers that won."""
+    with same_randomness():
+        calls = candidates.record(_assemble(model, {}, share=True), example)
+    owners = candidates.tied_owners(model)
+    rows: list[Row] = []
+    twins: dict[str, nn.Module] = {}
+    for name, module in candidates.layers_of(model).items():
+        layer = candidates.layer_of(name, module)
+        reason = candidates.refusal(module, owners, calls[name])
+        if reason:
+            row = _row(layer, DENSE, reason)
+        elif choose is not None:
+            row = _row(layer, _chosen(choose, layer), "chosen by the caller")
+        elif layer.sparsity < minimum:
+            row = _row(layer, DENSE, f"less than {minimum:.0%} sparse")
+        elif kernels.active_isa() == kernels.FALLBACK:
+            row = _row(layer, DENSE, "no native module: the NumPy kernels are for checking only")
+        else:
+            row, twin = _measured(layer, module, calls[name])
+            twins.update({name: twin} if row.choice == SPARSE else {})
+        if row.choice == SPARSE and name not in twins:
+            twins[name] = candidates.pack_layer(module)
+        rows.append(row)
+    reason = "as chosen" if choose else "not measured as a whole"
+    reason = reason if twins else "no layer runs sparse, the model stays dense"
+    return Plan(tuple(rows), threads, kernels.active_isa(), machine(), reason), twins
+
+
+def _row(layer: Layer, choice: str, reason: str, **times: float) -> Row:
+    """A row of the plan."""
+    return Row(layer.name, layer.kind, layer.shape, layer.sparsity, choice, reason, **times)
+
+
+def _chosen(choose: Choose, layer: Layer) -> str:
+    """The caller's choice, checked."""
+    choice = choose(layer)
+    if choice not in (SPARSE, DENSE):
+        raise ValueRangeError(
+            f"choose returned {choice!r} for layer {layer.name!r}, expected {SPARSE!r} or {DENSE!r}"
+        )
+    return choice
+
+
+def _measured(layer: Layer, module: nn.Module, calls: Mapping[Call, int]) -> tuple[Row, nn.Module]:
+    """Time a layer against its packed twin; a convolution in both memory formats."""
+    twin = candidates.pack_layer(module)
+    dense = _assemble(module, {}, share=True)
+    runners: dict[str, nn.Module] = {"sparse": twin, "dense": dense}
+    if layer.kind == "conv2d":
+        last = copy.deepcopy(module).eval()
+        runners["channels_last"] = last.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    totals = dict.fromkeys(runners, 0.0)
+    frequent = sorted(calls.items(), key=lambda item: -item[1])[:MOST_SHAPES]
+    for call, count in frequent:
+        x = call.sample()
+        inputs = {"sparse": x, "dense": x, "channels_last": _channels_last(x)}
+        runs = {name: _bound(runner, inputs[name]) for name, runner in runners.items()}
+        for name, seconds in interleaved(runs, budget=LAYER_BUDGET).items():
+            totals[name] += count * seconds
+    best = min((name for name in totals if name != "sparse"), key=totals.__getitem__)
+    sparse_seconds, dense_seconds = totals["sparse"], totals[best]
+    ratio = dense_seconds / sparse_seconds
+    against = "dense" if best == "dense" else f"dense ({best})"
+    wins = ratio >= MARGIN
+    reason = f"{ratio:.2f}x {against}" + ("" if wins else f", below {MARGIN}x")
+    times = {"sparse_seconds": sparse_seconds, "dense_seconds": dense_seconds}
+    return _row(layer, SPARSE if wins else DENSE, reason, **times), twin
+
+
+def _channels_last(x: Any) -> Any:
+    """The same images with the channels innermost; anything else as it is."""
+    if isinstance(x, torch.Tensor) and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def _bound(module: nn.Module, x: Any) -> Callable[[], Any]:
+    """One call of a module on an input."""
+    return lambda: candidates.run(module, x)
+
+
+def _whole(
+    model: nn.Module,
+    example: Any,
+    plan: Plan,
+    twins: dict[str, nn.Module],
+    verify: bool,
+    timed: bool,
+) -> tuple[Plan, dict[str, nn.Module]]:
+    """Verify and time the whole model; all dense again if it is slower with the twins."""
+    dense = _assemble(model, {}, share=True)
+    sparse = _assemble(model, twins, share=True)
+    if verify:
+        expect_same(dense, sparse, twins, example)
+    if not timed:
+        return plan, twins
+    runs = {"sparse": _bound(sparse, example), "dense": _bound(dense, example)}
+    if any(row.choice == SPARSE and row.kind == "conv2d" for row in plan.rows):
+        last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        runs["channels_last"] = _bound(last, _channels_last_inputs(example))
+    with same_randomness():
+        times = interleaved(runs, budget=MODEL_BUDGET)
+    return _judged(plan, twins, times)
+
+
+def _channels_last_inputs(example: Any) -> Any:
+    """The example with its images in channels_last."""
+    if isinstance(example, Mapping):
+        return {name: _channels_last(value) for name, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        return tuple(_channels_last(value) for value in example)
+    return _channels_last(example)
+
+
+def _judged(
+    plan: Plan, twins: dict[str, nn.Module], times: Mapping[str, float]
+) -> tuple[Plan, dict[str, nn.Module]]:
+    """The plan with whole-model times; every layer dense if sparse lost."""
+    best = min((name for name in times if name != "sparse"), key=times.__getitem__)
+    against = "dense" if best == "dense" else f"dense in {best}"
+    measured = {"sparse_seconds": times["sparse"], "dense_seconds": times[best]}
+    if times["sparse"] < times[best]:
+        return dataclasses.replace(plan, reason=f"faster than {against}", **measured), twins
+    reason = f"slower than {against} as a whole, so every layer stays dense"
+    rows = tuple(
+        dataclasses.replace(row, choice=DENSE, reason=f"{row.reason}, but the whole model lost")
+        if row.choice == SPARSE
+        else row
+        for row in plan.rows
+    )
+    return dataclasses.replace(plan, rows=rows, reason=reason, **measured), {}

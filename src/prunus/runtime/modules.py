@@ -1,0 +1,226 @@
+"""Sparse layers for inference: a packed weight, and torch's own layer as the way there and back."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunus import kernels
+from prunus.errors import ShapeError
+from prunus.runtime.ops import blob_array, linear_planes, linear_rows, planes_into
+from prunus.runtime.weight import PackedWeight, check_blob, pack_weight
+
+Pair = tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class SparseLinear(PackedWeight):
+    """y[..., out_features] = x[..., in_features] W^T + bias with W packed; see PackedWeight."""
+
+    def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:
+        """Take a blob of `prunus.kernels.pack` over [out_features, in_features]."""
+        rows, columns = check_blob(packed, "packed")
+        super().__init__(packed, bias, (rows, columns))
+        self.out_features, self.in_features = rows, columns
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear) -> SparseLinear:
+        """Pack the non-zeros of a dense layer."""
+        return cls(pack_weight(module.weight), _copied(module.bias))
+
+    def to_dense(self) -> nn.Linear:
+        """The same layer as nn.Linear, in eval mode."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        return _filled(dense, self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map input [..., in_features], fp32 or half, to its dtype; ShapeError where K differs."""
+        x = input  # torch's name, as some call layers by keyword
+        if x.shape[-1:] != (self.in_features,):
+            raise ShapeError(
+                f"input has shape {list(x.shape)}, the layer takes [..., {self.in_features}]"
+            )
+        source, packed, bias = self._operands(x)
+        if self._direct(source, bias):
+            y = linear_rows(source.contiguous(), packed, bias, self.out_features, 0)
+        else:
+            y = torch.ops.prunus.sparse_linear(source, packed, bias, self.out_features, False)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes and sparsity."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {self._shape_repr()}"
+
+
+class SparseConv2d(PackedWeight):
+    """A 2-d convolution (groups = 1) as a sparse product over the pixels; see PackedWeight.
+
+    1x1: W [O, C] times the planes of each image; k x k: W [O, C·k·k] times the unfolded image.
+    """
+
+    def __init__(
+        self,
+        packed: Tensor,
+        bias: Tensor | None = None,
+        *,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        padding_mode: PaddingMode = "zeros",
+    ) -> None:
+        """Take a blob over [out_channels, in_channels·kh·kw]; the rest as in nn.Conv2d."""
+        window = _pair(kernel_size)
+        rows, columns = check_blob(packed, "packed")
+        channels, remainder = divmod(columns, window[0] * window[1])
+        if remainder:
+            raise ShapeError(f"{columns} columns do not divide by the kernel {window}")
+        super().__init__(packed, bias, (rows, channels, *window))
+        self.out_channels, self.in_channels, self.kernel_size = rows, channels, window
+        self.stride, self.dilation = _pair(stride), _pair(dilation)
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.padding_mode: PaddingMode = padding_mode
+        self.groups = 1
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d) -> SparseConv2d:
+        """Pack the non-zeros of a dense convolution; ShapeError for groups > 1."""
+        if module.groups != 1:
+            raise ShapeError(
+                f"a convolution with groups={module.groups} cannot run packed; keep it dense"
+            )
+        return cls(
+            pack_weight(module.weight),
+            _copied(module.bias),
+            kernel_size=_pair(module.kernel_size),
+            stride=_pair(module.stride),
+            padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
+            dilation=_pair(module.dilation),
+            padding_mode=cast(PaddingMode, module.padding_mode),
+        )
+
+    def to_dense(self) -> nn.Conv2d:
+        """The same layer as nn.Conv2d, in eval mode."""
+        dense = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            device="meta",
+        )
+        return _filled(dense, self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map input [B, C, H, W] or [C, H, W], fp32 or half, to contiguous images of its dtype."""
+        x = input
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ShapeError(
+                f"input has shape {list(x.shape)}, "
+                f"the layer takes [batch, {self.in_channels}, height, width] or one image"
+            )
+        source, packed, bias = self._operands(x)
+        source, padding = self._padded(source if x.dim() == 4 else source.unsqueeze(0))
+        size = self._output_size(source, padding)
+        if self._direct(source, bias):
+            y = self._run(source, bias, padding, size)
+        else:
+            columns = self._columns(source, padding)
+            y = torch.ops.prunus.sparse_planes(
+                columns, packed, bias, self.out_channels, False
+            ).unflatten(2, size)
+        y = y if x.dim() == 4 else y.squeeze(0)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def _run(self, x: Tensor, bias: Tensor | None, padding: Pair, size: Pair) -> Tensor:
+        """Call the kernel directly; unfolds one image at a time, which bounds memory."""
+        if self.kernel_size == (1, 1):
+            columns = self._columns(x, padding).contiguous()
+            return linear_planes(columns, self.packed, bias, self.out_channels, 0).unflatten(
+                2, size
+            )
+        y = x.new_empty((x.shape[0], self.out_channels, *size))
+        for image in range(x.shape[0] if y.numel() else 0):
+            columns = self._columns(x[image : image + 1], padding).contiguous()
+            planes_into(
+                columns.data_ptr(), self.packed, bias, y[image].data_ptr(), size[0] * size[1]
+            )
+        return y
+
+    def _columns(self, x: Tensor, padding: Pair) -> Tensor:
+        """[B, C·kh·kw, pixels]: what each output pixel sees."""
+        if self.kernel_size == (1, 1):
+            return x[:, :, :: self.stride[0], :: self.stride[1]].flatten(2)
+        return F.unfold(x, self.kernel_size, self.dilation, padding, self.stride)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Pair]:
+        """(x, zero padding still to add): F.pad does what unfold cannot."""
+        (top, bottom), (left, right) = self._margins()
+        plain = self.padding_mode == "zeros" and (top, left) == (bottom, right)
+        if plain and self.kernel_size != (1, 1):
+            return x, (top, left)
+        if top or bottom or left or right:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, (left, right, top, bottom), mode=mode)
+        return x, (0, 0)
+
+    def _margins(self) -> tuple[Pair, Pair]:
+        """((top, bottom), (left, right)) padding; 'same' puts the odd one behind, as torch does."""
+        if not isinstance(self.padding, str):
+            height, width = self.padding
+            return (height, height), (width, width)
+        if self.padding == "valid":
+            return (0, 0), (0, 0)
+        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return (spans[0] // 2, spans[0] - spans[0] // 2), (spans[1] // 2, spans[1] - spans[1] // 2)
+
+    def _output_size(self, x: Tensor, padding: Pair) -> Pair:
+        """(height, width) of the result; ShapeError where the kernel does not fit."""
+        sizes = [
+            (x.shape[2 + i] + 2 * padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
+            // self.stride[i]
+            + 1
+            for i in (0, 1)
+        ]
+        if min(sizes) < 1:
+            raise ShapeError(
+                f"an image of {x.shape[2]}x{x.shape[3]} is smaller than the kernel "
+                f"{self.kernel_size} with dilation {self.dilation}"
+            )
+        return sizes[0], sizes[1]
+
+    def extra_repr(self) -> str:
+        """Sizes and sparsity."""
+        sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        moves = f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}"
+        return f"{sizes}, {moves}, padding_mode={self.padding_mode!r}, {self._shape_repr()}"
+
+
+def _pair(value: int | tuple[int, ...]) -> Pair:
+    """(height, width) of an int or a pair."""
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return int(height), int(width)
+
+
+def _copied(bias: Tensor | None) -> Tensor | None:
+    """Bias without its graph, in fp32."""
+    return None if bias is None else bias.detach().to("cpu", torch.float32)
+
+
+def _filled(dense, module: PackedWeight):
+    """Give a meta-device layer the weight and bias of a packed one."""
+    weight = torch.from_numpy(kernels.unpack(blob_array(module.packed)))
+    state = {"weight": weight.reshape(module.weight_shape)}
+    if module.bias is not None:
+        state["bias"] = module.bias.detach().to(torch.float32).clone()
+    dense.load_state_dict(state, assign=True)
+    return dense.eval()

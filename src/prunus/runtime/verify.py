@@ -1,0 +1,123 @@
+"""Whether the compiled model computes what the dense one does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.errors import PrunusError
+from prunus.runtime.candidates import run
+
+RELATIVE = 1e-3
+"""Largest difference, relative to a value of the dense output."""
+ABSOLUTE = 1e-4
+"""Largest difference, relative to the largest finite value of the dense output."""
+
+
+class VerificationError(PrunusError, RuntimeError):
+    """A compiled model does not compute what the dense one computes; names the first such layer."""
+
+
+@contextlib.contextmanager
+def same_randomness() -> Iterator[None]:
+    """Draw the same numbers in every such block, and leave the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def expect_same(
+    dense: nn.Module,
+    sparse: nn.Module,
+    swapped: Mapping[str, nn.Module],
+    example: Any,
+) -> None:
+    """VerificationError unless both models agree on the example within fp32 rounding."""
+    with same_randomness():
+        wanted = list(tensors(run(dense, example)))
+    with same_randomness():
+        found = list(tensors(run(sparse, example)))
+    where = _first_difference(wanted, found)
+    if where is None:
+        return
+    layer = _first_layer(dense, swapped, example)
+    blame = (
+        f"the first layer that differs is {layer!r}"
+        if layer is not None
+        else "no single layer differs: rounding grows within the model, or it is not deterministic"
+    )
+    raise VerificationError(
+        f"the compiled model differs from the dense one on the example at {where}; {blame}. Keep "
+        f"that layer dense with choose=, or accept the difference with verify=False"
+    )
+
+
+def _first_difference(
+    wanted: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]
+) -> str | None:
+    """Where two outputs differ, with the size of the difference; None if they agree."""
+    if [path for path, _ in wanted] != [path for path, _ in found]:
+        return "the structure of the output"
+    for (path, one), (_, other) in zip(wanted, found, strict=True):
+        if not close(one, other):
+            gap = "shape or dtype"
+            if one.shape == other.shape:
+                gap = f"at most {float((one.double() - other.double()).abs().max()):.3g}"
+            return f"{path} ({gap})"
+    return None
+
+
+def _first_layer(dense: nn.Module, swapped: Mapping[str, nn.Module], example: Any) -> str | None:
+    """Name of the first swapped layer whose sparse twin disagrees on the layer's own input."""
+    differing: list[str] = []
+
+    def comparer(name: str, twin: nn.Module):
+        def hook(module: nn.Module, args: Any, named: Any, output: Tensor) -> None:
+            x = args[0] if args else named["input"]
+            if not differing and not close(output, twin(x)):
+                differing.append(name)
+
+        return hook
+
+    handles = [
+        dense.get_submodule(name).register_forward_hook(comparer(name, twin), with_kwargs=True)
+        for name, twin in swapped.items()
+    ]
+    try:
+        with same_randomness():
+            run(dense, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return differing[0] if differing else None
+
+
+def close(wanted: Tensor, found: Tensor) -> bool:
+    """Equal but for rounding; NaN equals NaN; integers and bools exactly."""
+    if wanted.shape != found.shape or wanted.dtype != found.dtype:
+        return False
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return torch.equal(wanted, found)
+    finite = wanted[torch.isfinite(wanted)]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(found, wanted, rtol=RELATIVE, atol=ABSOLUTE * scale, equal_nan=True)
+
+
+def tensors(value: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of every tensor in nested mappings, sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from tensors(inner, f"{path}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from tensors(inner, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors(getattr(value, field.name), f"{path}.{field.name}")
