@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from prunus.allocations import erk
 from prunus.bench import MLP, digits, digits_cnn, mlp
 from prunus.cli.experiment import Experiment, Training
 from prunus.core import Sparsifier
@@ -15,7 +16,10 @@ WIDTHS = (2, 4, 8, 16, 32, 64)
 
 
 def _method(sparsity: float | None, steps: int) -> Sparsifier:
-    return gradual_magnitude(SPARSITY if sparsity is None else sparsity, steps)
+    # Few, larger steps: an update costs about as much as a step of training.
+    every = max(1, steps // 24)
+    asked = SPARSITY if sparsity is None else sparsity
+    return gradual_magnitude(asked, steps, every=every, allocation=erk())
 
 
 def experiments(seeds: int, folder: Path) -> list[Experiment]:
@@ -26,7 +30,7 @@ def experiments(seeds: int, folder: Path) -> list[Experiment]:
             model=lambda seed: mlp(seed=seed),
             data=digits,
             method=_method,
-            training=Training(epochs=15, batch_size=128, lr=1e-3, weight_decay=0.01),
+            training=Training(10, 64, "sgd", lr=0.1, weight_decay=5e-4),
             folder=folder,
             seeds=range(seeds),
             sweep=(0.5, 0.8, 0.9, 0.98, 0.99),
@@ -37,7 +41,7 @@ def experiments(seeds: int, folder: Path) -> list[Experiment]:
             model=lambda seed: digits_cnn(seed=seed),
             data=digits,
             method=_method,
-            training=Training(epochs=8, batch_size=128, lr=2e-3, weight_decay=0.01),
+            training=Training(12, 128, "adamw", lr=2e-3, weight_decay=0.01),
             folder=folder,
             seeds=range(seeds),
         ),

@@ -30,6 +30,7 @@ MODEL_BUDGET = 1.0
 """Seconds of measuring the whole model."""
 MOST_SHAPES = 4
 """Input shapes per layer that are measured, the most frequent first."""
+LAST = "channels_last"
 
 
 def compile(
@@ -46,7 +47,7 @@ def compile(
     example_inputs: a tensor, a tuple of positional or a mapping of named inputs, of the shapes that
     will be used. Each nn.Linear and nn.Conv2d at `minimum_sparsity` or more is timed against its
     packed twin on its real input shapes, then the whole model against the dense one; what does not
-    win stays dense. threads: what to measure with (None: torch.get_num_threads()).
+    win stays dense. A model with convolutions takes the faster memory format, too. threads: what to measure with (None: torch.get_num_threads()).
     choose(layer) -> "csr" or "dense" decides instead of the clock; `Plan.choose` is one.
     The copy is in eval mode and its parameters want no gradients; the original is untouched. The
     plan is its attribute `plan` (`prunus_plan` if the model has a `plan` of its own).
@@ -59,9 +60,11 @@ def compile(
         raise ValueRangeError(f"threads is {threads}, expected at least 1 or None")
     with thread_count(threads), torch.no_grad():
         plan, twins = _decide(model, example_inputs, threads, minimum_sparsity, choose)
-        if twins and (verify or choose is None):
+        if verify or choose is None:
             plan, twins = _whole(model, example_inputs, plan, twins, verify, choose is None)
     final = _assemble(model, twins, share=False).requires_grad_(False)
+    if plan.layout == LAST:
+        final.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     taken = not isinstance(getattr(model, "plan", plan), Plan)
     setattr(final, "prunus_plan" if taken else "plan", plan)
     return final
@@ -177,45 +180,48 @@ def _whole(
     verify: bool,
     timed: bool,
 ) -> tuple[Plan, dict[str, nn.Module]]:
-    """Verify and time the whole model; all dense again if it is slower with the twins."""
+    """Verify the sparse model, then time all forms of the whole; the fastest one is the plan."""
     dense = _assemble(model, {}, share=True)
-    sparse = _assemble(model, twins, share=True)
-    if verify:
-        expect_same(dense, sparse, twins, example)
-    if not timed:
+    forms = {"dense": dense} | ({"sparse": _assemble(model, twins, share=True)} if twins else {})
+    if verify and twins:
+        expect_same(dense, forms["sparse"], twins, example)
+    if any(row.kind == "conv2d" for row in plan.rows):
+        forms |= {f"{name} {LAST}": _in_channels_last(form) for name, form in forms.items()}
+    if not timed or len(forms) == 1:
         return plan, twins
-    runs = {"sparse": _bound(sparse, example), "dense": _bound(dense, example)}
-    if any(row.choice == SPARSE and row.kind == "conv2d" for row in plan.rows):
-        last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        runs["channels_last"] = _bound(last, _channels_last_inputs(example))
+    runs = {name: _bound(form, example) for name, form in forms.items()}
     with same_randomness():
-        times = interleaved(runs, budget=MODEL_BUDGET)
-    return _judged(plan, twins, times)
+        return _judged(plan, twins, interleaved(runs, budget=MODEL_BUDGET))
 
 
-def _channels_last_inputs(example: Any) -> Any:
-    """The example with its images in channels_last."""
-    if isinstance(example, Mapping):
-        return {name: _channels_last(value) for name, value in example.items()}
-    if isinstance(example, (tuple, list)):
-        return tuple(_channels_last(value) for value in example)
-    return _channels_last(example)
+def _in_channels_last(model: M) -> M:
+    """A copy whose convolutions hold their weights with the channels innermost."""
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _judged(
     plan: Plan, twins: dict[str, nn.Module], times: Mapping[str, float]
 ) -> tuple[Plan, dict[str, nn.Module]]:
-    """The plan with whole-model times; every layer dense if sparse lost."""
-    best = min((name for name in times if name != "sparse"), key=times.__getitem__)
-    against = "dense" if best == "dense" else f"dense in {best}"
-    measured = {"sparse_seconds": times["sparse"], "dense_seconds": times[best]}
-    if times["sparse"] < times[best]:
-        return dataclasses.replace(plan, reason=f"faster than {against}", **measured), twins
-    reason = f"slower than {against} as a whole, so every layer stays dense"
+    """The plan with whole-model times and the fastest form; every layer dense if sparse lost.
+
+    times: "dense" and "sparse", alone or with " channels_last", to seconds.
+    """
+    dense = min((name for name in times if name.startswith("dense")), key=times.__getitem__)
+    sparse = min((n for n in times if n.startswith("sparse")), key=times.__getitem__, default=None)
+    found = dataclasses.replace(plan, dense_seconds=times[dense])
+    if sparse is not None:
+        found = dataclasses.replace(found, sparse_seconds=times[sparse])
+    if sparse is not None and times[sparse] < times[dense]:
+        layout = LAST if sparse.endswith(LAST) else ""
+        return dataclasses.replace(found, reason=f"faster than {dense}", layout=layout), twins
+    layout = LAST if dense.endswith(LAST) else ""
+    reason = plan.reason
+    if sparse is not None:
+        reason = f"slower than {dense} as a whole, so every layer stays dense"
     rows = tuple(
         dataclasses.replace(row, choice=DENSE, reason=f"{row.reason}, but the whole model lost")
         if row.choice == SPARSE
         else row
         for row in plan.rows
     )
-    return dataclasses.replace(plan, rows=rows, reason=reason, **measured), {}
+    return dataclasses.replace(found, rows=rows, reason=reason, layout=layout), {}

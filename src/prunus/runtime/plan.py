@@ -42,7 +42,8 @@ class Plan:
     """The decisions for a whole model, printable with `str` and storable with `to_dict`.
 
     `sparse_seconds` and `dense_seconds` are whole-model medians on the example, None where nothing
-    was measured; `reason` says what the whole-model step concluded.
+    was measured; `reason` says what the whole-model step concluded; `layout` is "channels_last" if
+    the convolutions run fastest with the channels innermost, else "".
     """
 
     rows: tuple[Row, ...]
@@ -52,6 +53,7 @@ class Plan:
     reason: str
     sparse_seconds: float | None = None
     dense_seconds: float | None = None
+    layout: str = ""
 
     @property
     def speedup(self) -> float | None:
@@ -91,6 +93,8 @@ class Plan:
         """Whole-model times, verdict and where it was measured."""
         count = f"{len(self.sparse_layers)} of {len(self.rows)} layers sparse"
         where = f"{self.threads} thread{'s' * (self.threads != 1)}, {self.isa}, {self.machine}"
+        if self.layout:
+            count += f", {self.layout}"
         if self.speedup is None:
             return f"{count}: {self.reason} ({where})"
         times = f"{duration(self.sparse_seconds)} against {duration(self.dense_seconds)} dense"

@@ -27,12 +27,19 @@ def test_a_model_slower_as_a_whole_goes_back_to_dense():
     assert layers == twins
     assert kept.rows == rows
     assert kept.speedup == 2.0
-    lost, layers = _judged(plan, twins, {"sparse": 1.5, "dense": 2.0, "channels_last": 1.2})
+    assert kept.layout == ""
+    last, layers = _judged(plan, twins, {"sparse": 3, "dense": 2, "sparse channels_last": 1})
+    assert layers == twins
+    assert last.layout == "channels_last"
+    alone, layers = _judged(plan, {}, {"dense": 2.0, "dense channels_last": 1.0})
+    assert (layers, alone.layout, alone.reason) == ({}, "channels_last", plan.reason)
+    lost, layers = _judged(plan, twins, {"sparse": 1.5, "dense": 2.0, "dense channels_last": 1.2})
     assert layers == {}
     assert [row.choice for row in lost.rows] == ["dense", "dense"]
     assert lost.rows[0].reason == "2.00x dense, but the whole model lost"
     assert lost.rows[1] == rows[1]
-    assert "slower than dense in channels_last" in lost.reason
+    assert "slower than dense channels_last" in lost.reason
+    assert lost.layout == "channels_last"
     assert (lost.sparse_seconds, lost.dense_seconds) == (1.5, 1.2)
 
 

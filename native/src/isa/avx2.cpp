@@ -1,0 +1,73 @@
+// AVX2 and FMA: 8 lanes.
+#include <immintrin.h>
+
+#include "kernel.h"
+
+namespace prunus {
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kSets = 2;
+
+using Vec = __m256;
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
+inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
+inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+// The second operand is returned where one is NaN: NaN stays NaN.
+inline Vec relu(Vec v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+
+inline __m256i first(int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+}
+
+inline Vec load_n(const float* from, int64_t count) {
+  return _mm256_maskload_ps(from, first(count));
+}
+
+inline void store_n(float* to, Vec v, int64_t count) {
+  if (count >= kLanes) {
+    _mm256_storeu_ps(to, v);
+  } else {
+    _mm256_maskstore_ps(to, first(count), v);
+  }
+}
+
+inline void transpose(Vec (&b)[kLanes]) {
+  Vec pair[kLanes], quad[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(b[i], b[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(b[i], b[i + 1]);
+  }
+  for (int i = 0; i < kLanes; i += 4) {
+    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
+    b[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
+  }
+}
+
+#include "kernels/spmm-inl.h"
+#include "kernels/dot-x86-inl.h"
+#include "kernels/spmv-inl.h"
+#include "kernels/table-inl.h"
+
+}  // namespace
+
+const Kernels kernels_avx2 = {
+    "avx2",
+    kPanel,
+#define PRUNUS_KERNEL(name, layout, description) name,
+#include "kernels.def"
+#undef PRUNUS_KERNEL
+};
+
+}  // namespace prunus

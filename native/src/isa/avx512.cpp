@@ -1,0 +1,87 @@
+// AVX-512 (F, BW, VL, DQ): 16 lanes.
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined operands inside its own intrinsics for mistakes (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+#include "kernel.h"
+
+namespace prunus {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kSets = 4;
+
+using Vec = __m512;
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec broadcast(float value) { return _mm512_set1_ps(value); }
+inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+// The second operand is returned where one is NaN: NaN stays NaN.
+inline Vec relu(Vec v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
+
+inline __mmask16 first(int64_t count) {
+  return count >= kLanes ? 0xFFFF : static_cast<__mmask16>(count <= 0 ? 0 : (1u << count) - 1u);
+}
+
+inline Vec load_n(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps(first(count), from);
+}
+
+inline void store_n(float* to, Vec v, int64_t count) {
+  _mm512_mask_storeu_ps(to, first(count), v);
+}
+
+inline void transpose(Vec (&b)[kLanes]) {
+  Vec pair[kLanes], quad[kLanes], half[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i += 2) {
+    pair[i] = _mm512_unpacklo_ps(b[i], b[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_ps(b[i], b[i + 1]);
+  }
+  // quad[4g + c]: in each 128-bit lane q, element 4q + c of rows 4g to 4g + 3.
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i += 4) {
+    quad[i] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    quad[i + 1] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+    quad[i + 2] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    quad[i + 3] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+  }
+  // half[c]: lanes 0 and 2 of rows 0 to 7, half[4 + c]: lanes 1 and 3; then rows 8 to 15.
+#pragma GCC unroll 16
+  for (int c = 0; c < 4; ++c) {
+    half[c] = _mm512_shuffle_f32x4(quad[c], quad[4 + c], 0x88);
+    half[4 + c] = _mm512_shuffle_f32x4(quad[c], quad[4 + c], 0xDD);
+    half[8 + c] = _mm512_shuffle_f32x4(quad[8 + c], quad[12 + c], 0x88);
+    half[12 + c] = _mm512_shuffle_f32x4(quad[8 + c], quad[12 + c], 0xDD);
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < 4; ++c) {
+    b[c] = _mm512_shuffle_f32x4(half[c], half[8 + c], 0x88);
+    b[8 + c] = _mm512_shuffle_f32x4(half[c], half[8 + c], 0xDD);
+    b[4 + c] = _mm512_shuffle_f32x4(half[4 + c], half[12 + c], 0x88);
+    b[12 + c] = _mm512_shuffle_f32x4(half[4 + c], half[12 + c], 0xDD);
+  }
+}
+
+#include "kernels/spmm-inl.h"
+#include "kernels/dot-x86-inl.h"
+#include "kernels/spmv-inl.h"
+#include "kernels/table-inl.h"
+
+}  // namespace
+
+const Kernels kernels_avx512 = {
+    "avx512",
+    kPanel,
+#define PRUNUS_KERNEL(name, layout, description) name,
+#include "kernels.def"
+#undef PRUNUS_KERNEL
+};
+
+}  // namespace prunus

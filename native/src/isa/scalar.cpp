@@ -1,0 +1,88 @@
+// Plain C++: runs everywhere, and is the body that a new compiler or CPU starts from.
+#include "kernel.h"
+
+namespace prunus {
+namespace {
+
+constexpr int kLanes = 4;
+constexpr int kSets = 2;
+
+struct Vec {
+  float lane[kLanes];
+};
+
+inline Vec broadcast(float value) { return {{value, value, value, value}}; }
+inline Vec zero() { return broadcast(0.0f); }
+inline Vec load(const float* from) { return {{from[0], from[1], from[2], from[3]}}; }
+
+inline void store(float* to, const Vec& v) {
+  for (int i = 0; i < kLanes; ++i) to[i] = v.lane[i];
+}
+
+inline Vec load_n(const float* from, int64_t count) {
+  Vec v = zero();
+  for (int i = 0; i < count && i < kLanes; ++i) v.lane[i] = from[i];
+  return v;
+}
+
+inline void store_n(float* to, const Vec& v, int64_t count) {
+  for (int i = 0; i < count && i < kLanes; ++i) to[i] = v.lane[i];
+}
+
+inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+  return v;
+}
+
+inline Vec add(const Vec& a, const Vec& b) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] + b.lane[i];
+  return v;
+}
+
+// NaN stays NaN: the comparison is false for it.
+inline Vec relu(const Vec& a) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] < 0.0f ? 0.0f : a.lane[i];
+  return v;
+}
+
+inline void transpose(Vec (&block)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float swapped = block[i].lane[j];
+      block[i].lane[j] = block[j].lane[i];
+      block[j].lane[i] = swapped;
+    }
+}
+
+struct Partial {
+  float lane[kLanes];
+};
+
+inline void dot(const float* values, const uint16_t* columns, uint32_t begin, uint32_t end,
+                const float* x, Partial& partial) {
+  uint32_t i = begin;
+  for (; i + kLanes <= end; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) partial.lane[j] += values[i + j] * x[columns[i + j]];
+  for (; i < end; ++i) partial.lane[0] += values[i] * x[columns[i]];
+}
+
+inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[2] + p.lane[3]); }
+
+#include "kernels/spmm-inl.h"
+#include "kernels/spmv-inl.h"
+#include "kernels/table-inl.h"
+
+}  // namespace
+
+const Kernels kernels_scalar = {
+    "scalar",
+    kPanel,
+#define PRUNUS_KERNEL(name, layout, description) name,
+#include "kernels.def"
+#undef PRUNUS_KERNEL
+};
+
+}  // namespace prunus

@@ -1,0 +1,229 @@
+// Sparse weight times dense matrix, for any instruction set.
+// Included by src/isa/*.cpp inside an anonymous namespace, after these are defined there:
+//   Vec, kLanes, kSets, zero, load, store, load_n, store_n, broadcast, fma, add, relu, transpose.
+// No inline library function may be used here: its weak symbol would carry this file's
+// instructions into programs on older CPUs.
+
+constexpr int kMaxVectors = 4;
+constexpr int64_t kPanel = kMaxVectors * kLanes;
+
+// Floats taken from one token before the next: whole neighbouring lines, because tokens that are a
+// power of two apart compete for the same places in the cache.
+constexpr int64_t kChunk = 64;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// What happens to a finished output. Every activation that is fused later is a flag here.
+inline Vec finish(Vec value, Vec bias, uint32_t flags) {
+  value = add(value, bias);
+  return flags & kRelu ? relu(value) : value;
+}
+
+// acc[v] += sum of values[i] * panel row columns[i], i in [begin, end). kSets partial sums hide
+// the latency of the multiply-add; their order does not depend on V, so a column's result does
+// not depend on its place in the panel.
+template <int V>
+inline void accumulate(const float* values, const uint16_t* columns, uint32_t begin, uint32_t end,
+                       const float* panel, Vec (&acc)[V]) {
+  constexpr int64_t stride = V * kLanes;
+  Vec sums[kSets][V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) sums[0][v] = acc[v];
+#pragma GCC unroll 16
+  for (int s = 1; s < kSets; ++s)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sums[s][v] = zero();
+  uint32_t i = begin;
+  for (; i + kSets <= end; i += kSets) {
+#pragma GCC unroll 16
+    for (int s = 0; s < kSets; ++s) {
+      const Vec weight = broadcast(values[i + s]);
+      const float* row = panel + columns[i + s] * stride;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[s][v] = fma(weight, load(row + v * kLanes), sums[s][v]);
+    }
+  }
+  for (; i < end; ++i) {
+    const Vec weight = broadcast(values[i]);
+    const float* row = panel + columns[i] * stride;
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sums[0][v] = fma(weight, load(row + v * kLanes), sums[0][v]);
+  }
+#pragma GCC unroll 16
+  for (int step = kSets / 2; step > 0; step /= 2)
+#pragma GCC unroll 16
+    for (int s = 0; s < step; ++s)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[s][v] = add(sums[s][v], sums[s + step][v]);
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) acc[v] = sums[0][v];
+}
+
+// tile[row - begin] = W[row] * panel for rows [begin, end), block by block.
+template <int V>
+inline void multiply(const Weight& w, const float* panel, int64_t begin, int64_t end, float* tile) {
+  constexpr int64_t stride = V * kLanes;
+  for (uint32_t b = 0; b < w.blocks; ++b) {
+    const uint32_t* offsets = w.offsets + b * w.rows;
+    const float* part = panel + static_cast<int64_t>(b) * w.block * stride;
+    for (int64_t row = begin; row < end; ++row) {
+      float* out = tile + (row - begin) * stride;
+      Vec acc[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[v] = b == 0 ? zero() : load(out + v * kLanes);
+      accumulate<V>(w.values, w.columns, offsets[row], offsets[row + 1], part, acc);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) store(out + v * kLanes, acc[v]);
+    }
+  }
+}
+
+// Square blocks of kLanes by kLanes; whole ones stay in registers. `count` rows exist, each has
+// `width` columns within the matrix.
+inline void load_block(const float* from, int64_t stride, int64_t count, int64_t width,
+                       Vec (&block)[kLanes]) {
+  if (count >= kLanes && width >= kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * stride);
+  } else {
+    for (int i = 0; i < kLanes; ++i)
+      block[i] = i < count ? load_n(from + i * stride, width) : zero();
+  }
+}
+
+inline void store_block(const Vec (&block)[kLanes], float* to, int64_t stride, int64_t count) {
+  if (count >= kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store(to + i * stride, block[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) store(to + i * stride, block[i]);
+  }
+}
+
+inline void store_outputs(const Vec (&block)[kLanes], float* to, int64_t stride, int64_t count,
+                          int64_t width, Vec bias, uint32_t flags) {
+  if (count >= kLanes && width >= kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      store(to + i * stride, finish(block[i], bias, flags));
+  } else {
+    for (int64_t i = 0; i < count && i < kLanes; ++i)
+      store_n(to + i * stride, finish(block[i], bias, flags), width);
+  }
+}
+
+// Tokens: x [n, cols] and y [n, rows]; panels are made and taken apart by register transposes.
+struct Tokens {
+  // Where the input already is a panel; null: nowhere.
+  template <int V>
+  static const float* in_place(const Task&, int64_t, int64_t) {
+    return nullptr;
+  }
+
+  template <int V>
+  static void gather(const Task& task, int64_t first, int64_t count, float* panel) {
+    const int64_t cols = task.w.cols;
+    for (int64_t chunk = 0; chunk < cols; chunk += kChunk) {
+      const int64_t stop = smaller(cols, chunk + kChunk);
+      for (int v = 0; v < V; ++v) {
+        const int64_t token = v * kLanes;
+        for (int64_t k = chunk; k < stop; k += kLanes) {
+          const float* from = task.x + (first + token) * task.ldx + k;
+          const int64_t width = smaller(kLanes, cols - k);
+          Vec block[kLanes];
+          load_block(from, task.ldx, count - token, width, block);
+          transpose(block);
+          store_block(block, panel + k * V * kLanes + token, V * kLanes, width);
+        }
+      }
+    }
+  }
+
+  template <int V>
+  static void scatter(const Task& task, int64_t first, int64_t count, int64_t begin, int64_t end,
+                      const float* tile) {
+    for (int v = 0; v < V; ++v) {
+      for (int64_t row = begin; row < end; row += kLanes) {
+        const int64_t width = smaller(kLanes, end - row);
+        const Vec bias = task.bias ? load_n(task.bias + row, width) : zero();
+        const int64_t token = v * kLanes;
+        const float* from = tile + (row - begin) * V * kLanes + token;
+        Vec block[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * V * kLanes);
+        transpose(block);
+        float* to = task.y + (first + token) * task.ldy + row;
+        store_outputs(block, to, task.ldy, count - token, width, bias, task.flags);
+      }
+    }
+  }
+};
+
+// Planes: x [cols, n] and y [rows, n], columns next to each other.
+struct Planes {
+  template <int V>
+  static const float* in_place(const Task& task, int64_t first, int64_t count) {
+    const bool whole = task.ldx == V * kLanes && count == V * kLanes;
+    const bool aligned = reinterpret_cast<uintptr_t>(task.x) % sizeof(Vec) == 0;
+    return whole && aligned && first == 0 ? task.x : nullptr;
+  }
+
+  template <int V>
+  static void gather(const Task& task, int64_t first, int64_t count, float* panel) {
+    for (int64_t k = 0; k < task.w.cols; ++k) {
+      const float* from = task.x + k * task.ldx + first;
+      for (int v = 0; v < V; ++v) {
+        const int64_t width = smaller(kLanes, count - v * kLanes);
+        const Vec value = width == kLanes ? load(from + v * kLanes) : load_n(from + v * kLanes, width);
+        store(panel + (k * V + v) * kLanes, value);
+      }
+    }
+  }
+
+  template <int V>
+  static void scatter(const Task& task, int64_t first, int64_t count, int64_t begin, int64_t end,
+                      const float* tile) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Vec bias = task.bias ? broadcast(task.bias[row]) : zero();
+      float* to = task.y + row * task.ldy + first;
+      for (int v = 0; v < V; ++v) {
+        const Vec value = load(tile + ((row - begin) * V + v) * kLanes);
+        store_n(to + v * kLanes, finish(value, bias, task.flags), smaller(kLanes, count - v * kLanes));
+      }
+    }
+  }
+};
+
+template <class Layout, int V>
+inline void one_panel(const Task& task, int64_t panel_index, int64_t begin, int64_t end) {
+  const int64_t first = panel_index * kPanel;
+  const int64_t count = smaller(kPanel, task.n - first);
+  float* panel = task.workspace;
+  float* tile = panel + (task.w.cols + kRowGroup) / kRowGroup * kRowGroup * kPanel;
+  const float* source = Layout::template in_place<V>(task, first, count);
+  if (source == nullptr) {
+    Layout::template gather<V>(task, first, count, panel);
+    source = panel;
+  }
+  for (int64_t row = begin; row < end; row += kTileRows) {
+    const int64_t stop = smaller(row + kTileRows, end);
+    multiply<V>(task.w, source, row, stop, tile);
+    Layout::template scatter<V>(task, first, count, row, stop, tile);
+  }
+}
+
+template <class Layout>
+void spmm(const Task& task) {
+  for (int64_t p = task.begin_panel; p <= task.end_panel; ++p) {
+    const int64_t begin = p == task.begin_panel ? task.begin_row : 0;
+    const int64_t end = p == task.end_panel ? task.end_row : task.w.rows;
+    if (begin >= end) continue;
+    const int64_t count = smaller(kPanel, task.n - p * kPanel);
+    switch ((count + kLanes - 1) / kLanes) {
+      case 1: one_panel<Layout, 1>(task, p, begin, end); break;
+      case 2: one_panel<Layout, 2>(task, p, begin, end); break;
+      case 3: one_panel<Layout, 3>(task, p, begin, end); break;
+      default: one_panel<Layout, 4>(task, p, begin, end); break;
+    }
+  }
+}

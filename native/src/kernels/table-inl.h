@@ -1,0 +1,5 @@
+// The kernels under the names of kernels.def; each instruction set's table lists them.
+
+void spmm_tokens_f32(const Task& task) { spmm<Tokens>(task); }
+void spmm_planes_f32(const Task& task) { spmm<Planes>(task); }
+void spmv_f32(const Task& task) { spmv(task); }

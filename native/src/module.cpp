@@ -1,0 +1,141 @@
+// The Python module prunus._native: addresses in, nothing converted.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "blob.h"
+#include "dispatch.h"
+#include "run.h"
+
+namespace nb = nanobind;
+using namespace prunus;
+
+namespace {
+
+[[noreturn]] void fail(const char* kind, const std::string& message) {
+  const nb::object type = nb::module_::import_("prunus.errors").attr(kind);
+  PyErr_SetString(type.ptr(), message.c_str());
+  throw nb::python_error();
+}
+
+[[noreturn]] void bad_value(const std::string& message) { fail("ValueRangeError", message); }
+
+const BlobHeader& checked_blob(uintptr_t address) {
+  if (address == 0 || address % 8 != 0) bad_value("the blob's address is null or not 8-byte aligned");
+  const auto& header = *reinterpret_cast<const BlobHeader*>(address);
+  if (!is_blob(header)) fail("FormatError", "not a kernel blob of this version; pack it again");
+  return header;
+}
+
+void check_floats(const char* name, uintptr_t address, bool needed) {
+  if (address % 4 != 0 || (needed && address == 0))
+    bad_value(std::string("the address of ") + name + " is null or not 4-byte aligned");
+}
+
+Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
+                  uint32_t flags, int threads, int isa) {
+  checked_blob(blob);
+  Call call{};
+  call.w = open_blob(reinterpret_cast<const void*>(blob));
+  if (n < 0 || n > INT32_MAX || threads < 1)
+    bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
+  if (flags & ~static_cast<uint32_t>(kRelu)) bad_value("unknown flags; known: 1 (ReLU)");
+  if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
+  check_floats("x", x, n > 0 && call.w.cols > 0);
+  check_floats("y", y, n > 0 && call.w.rows > 0);
+  check_floats("the bias", bias, false);
+  call.x = reinterpret_cast<const float*>(x);
+  call.y = reinterpret_cast<float*>(y);
+  call.n = n;
+  call.bias = reinterpret_cast<const float*>(bias);
+  call.flags = flags;
+  call.threads = threads;
+  call.kernels = &kernels_at(isa < 0 ? active_index() : isa);
+  return call;
+}
+
+void execute(const Call& call) {
+  bool ok;
+  {
+    nb::gil_scoped_release release;
+    ok = run(call);
+  }
+  if (!ok) throw std::bad_alloc();
+}
+
+void linear_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
+                uint32_t flags, int threads, int isa) {
+  Call call = checked_call(blob, x, y, n, bias, flags, threads, isa);
+  call.layout = Layout::tokens;
+  call.ldx = call.w.cols;
+  call.ldy = call.w.rows;
+  execute(call);
+}
+
+void planes_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
+                uint32_t flags, int threads, int64_t ldx, int64_t ldy, int isa) {
+  Call call = checked_call(blob, x, y, n, bias, flags, threads, isa);
+  if (ldx < n || ldy < n) bad_value("the row strides ldx and ldy must be at least n");
+  call.layout = Layout::planes;
+  call.ldx = ldx;
+  call.ldy = ldy;
+  execute(call);
+}
+
+void transpose_ptr(uintptr_t from, uintptr_t to) {
+  const BlobHeader& source = checked_blob(from);
+  const BlobHeader& target = checked_blob(to);
+  if (source.rows != target.cols || source.cols != target.rows || source.nnz != target.nnz)
+    bad_value("the target blob does not have the transposed shape");
+  nb::gil_scoped_release release;
+  transpose_blob(reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to));
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < available_count(); ++i) names.emplace_back(kernels_at(i).isa);
+  return names;
+}
+
+void set_active_isa(const std::string& name) {
+  for (int i = 0; i < available_count(); ++i)
+    if (name == kernels_at(i).isa) return set_active_index(i);
+  bad_value("instruction set " + name + " is not available here");
+}
+
+nb::list table() {
+  nb::list rows;
+  const auto append = [&](const char* name, const char* layout, const char* description) {
+    nb::dict row;
+    row["name"] = name;
+    row["layout"] = layout;
+    row["description"] = description;
+    rows.append(row);
+  };
+#define PRUNUS_KERNEL(name, layout, description) append(#name, layout, description);
+#include "kernels.def"
+#undef PRUNUS_KERNEL
+  return rows;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Sparse kernels of prunus; prunus.kernels is their Python face.";
+  m.def("linear_ptr", &linear_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("y_ptr"),
+        nb::arg("n"), nb::arg("bias_ptr") = 0, nb::arg("flags") = 0, nb::arg("threads") = 1,
+        nb::arg("isa") = -1);
+  m.def("planes_ptr", &planes_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("y_ptr"),
+        nb::arg("n"), nb::arg("bias_ptr"), nb::arg("flags"), nb::arg("threads"), nb::arg("ldx"),
+        nb::arg("ldy"), nb::arg("isa") = -1);
+  m.def("transpose_ptr", &transpose_ptr, nb::arg("from_ptr"), nb::arg("to_ptr"));
+  m.def("available_isas", &available_isas);
+  m.def("active_isa", [] { return kernels_at(active_index()).isa; });
+  m.def("set_active_isa", &set_active_isa, nb::arg("name"));
+  m.def("grain", &grain);
+  m.def("set_grain", &set_grain, nb::arg("multiply_adds"));
+  m.def("table", &table);
+}

@@ -1,0 +1,133 @@
+#include "run.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+#include "pool.h"
+
+namespace prunus {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int64_t kRowCost = 4;  // of a row without non-zeros, in non-zeros
+constexpr std::align_val_t kAlignment{64};
+
+std::atomic<int64_t> least_work{1 << 20};
+
+// One per thread, kept and grown: a panel is needed for every product.
+class Workspace {
+ public:
+  ~Workspace() { release(); }
+
+  float* at_least(int64_t floats) {
+    if (floats > size_) {
+      release();
+      data_ = static_cast<float*>(::operator new(sizeof(float) * floats, kAlignment, std::nothrow));
+      size_ = data_ == nullptr ? 0 : floats;
+    }
+    return data_;
+  }
+
+ private:
+  void release() {
+    ::operator delete(data_, kAlignment);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Workspace workspace;
+
+// Work of the rows before `row`, summed over the column blocks.
+int64_t work_before(const Weight& w, int64_t row) {
+  int64_t total = row * kRowCost;
+  for (uint32_t b = 0; b < w.blocks; ++b) {
+    const uint32_t* offsets = w.offsets + b * w.rows;
+    total += static_cast<int64_t>(offsets[row]) - offsets[0];
+  }
+  return total;
+}
+
+struct Plan {
+  Task task;  // without its share and workspace
+  KernelFunction kernel;
+  int64_t panel, panels, work;  // columns per panel, panels, work of one panel
+  int parts;
+
+  // The position where share `index` begins: work is panels * work, cut into equal pieces.
+  void position(int index, int64_t* at_panel, int64_t* at_row) const {
+    const double exact = static_cast<double>(panels) * static_cast<double>(work) * index / parts;
+    const int64_t target = std::min<int64_t>(static_cast<int64_t>(exact), panels * work);
+    *at_panel = index == parts ? panels : std::min(target / work, panels);
+    *at_row = 0;
+    if (index == 0 || *at_panel == panels) return;
+    const int64_t rest = target - *at_panel * work;
+    int64_t low = 0, high = (task.w.rows + kRowGroup - 1) / kRowGroup;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (work_before(task.w, std::min(middle * kRowGroup, task.w.rows)) < rest) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    *at_row = std::min(low * kRowGroup, task.w.rows);
+  }
+};
+
+bool run_share(void* context, int index) {
+  const Plan& plan = *static_cast<const Plan*>(context);
+  Task task = plan.task;
+  plan.position(index, &task.begin_panel, &task.begin_row);
+  plan.position(index + 1, &task.end_panel, &task.end_row);
+  if (plan.panel > 1) {
+    task.workspace = workspace.at_least(workspace_floats(task.w, plan.panel));
+    if (task.workspace == nullptr) return false;
+  }
+  plan.kernel(task);
+  return true;
+}
+
+}  // namespace
+
+int64_t grain() { return least_work.load(std::memory_order_relaxed); }
+void set_grain(int64_t multiply_adds) {
+  least_work.store(std::max<int64_t>(1, multiply_adds), std::memory_order_relaxed);
+}
+
+bool run(const Call& call) {
+  const Weight& w = call.w;
+  if (call.n == 0 || w.rows == 0) return true;
+  Plan plan{};
+  plan.task.w = w;
+  plan.task.x = call.x;
+  plan.task.ldx = call.ldx;
+  plan.task.y = call.y;
+  plan.task.ldy = call.ldy;
+  plan.task.n = call.n;
+  plan.task.bias = call.bias;
+  plan.task.flags = call.flags;
+  const bool tokens = call.layout == Layout::tokens;
+  if (call.n == 1 && (tokens || call.ldx == 1)) {
+    plan.kernel = call.kernels->spmv_f32;
+    plan.panel = 1;
+    if (tokens) plan.task.ldy = 1;
+  } else {
+    plan.kernel = tokens ? call.kernels->spmm_tokens_f32 : call.kernels->spmm_planes_f32;
+    plan.panel = call.kernels->panel;
+  }
+  plan.panels = (call.n + plan.panel - 1) / plan.panel;
+  plan.work = work_before(w, w.rows);
+  const double work = static_cast<double>(plan.work) * static_cast<double>(call.n);
+  // A matrix-vector product spends about four times as long on each non-zero and column.
+  const int64_t least = plan.panel > 1 ? grain() : std::max<int64_t>(1, grain() / 4);
+  const double useful = std::min(work / static_cast<double>(least), double{kMaxThreads});
+  plan.parts = std::max(1, std::min(call.threads, static_cast<int>(useful)));
+  return run_parts(plan.parts, run_share, &plan);
+}
+
+}  // namespace prunus

@@ -1,0 +1,33 @@
+// One product: splits it into shares of equal work and runs the active kernels on them.
+#pragma once
+#include "kernel.h"
+
+namespace prunus {
+
+enum class Layout { tokens, planes };
+
+struct Call {
+  Weight w;
+  Layout layout;
+  const float* x;
+  int64_t ldx;  // floats between tokens (tokens) or between rows of x (planes)
+  float* y;
+  int64_t ldy;
+  int64_t n;
+  const float* bias;  // or null
+  uint32_t flags;
+  int threads;
+  const Kernels* kernels;
+};
+
+// Multiply-adds per thread below which fewer threads are used: waking one can cost 50 microseconds.
+int64_t grain();
+void set_grain(int64_t multiply_adds);
+
+// False if memory for a panel cannot be had. The result does not depend on the threads.
+bool run(const Call& call);
+
+// Fills `to`, whose header already describes the transpose of `from`.
+void transpose_blob(const void* from, void* to);
+
+}  // namespace prunus
