@@ -49,13 +49,15 @@ class Site:
     """A prunable thing that gets a budget: one weight tensor, under all the names it has.
 
     name: its first name in `model.named_parameters()`; shape: of the tensor;
-    aliases: further names of the same (tied) tensor; unit: elements that live or die together.
+    aliases: further names of the same (tied) tensor; unit: elements that live or die together;
+    transposed: inputs come first and outputs second (ConvTranspose, the Conv1D of GPT-2).
     """
 
     name: str
     shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
     unit: int = 1
+    transposed: bool = False
 
     @property
     def size(self) -> int:

@@ -7,20 +7,21 @@ import dataclasses
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunus import formats, kernels, metrics, runtime
-from prunus.errors import ValueRangeError
+from prunus.errors import ShapeError, ValueRangeError
 from prunus.metrics import Accuracy, Frontier, Latency, PeakMemory, Ratio
+from prunus.runtime.measure import machine
 from prunus.sites import evaluating, unwrap
 
-Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+Data = Sequence[Tensor] | Iterable[Sequence[Tensor]]
+"""A pair (inputs, targets), or batches of such pairs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Side:
     """What was measured of one network.
 
     parameters and nonzeros: elements; index_bits: of the packed file's indices; bytes: of its file;
-    memory: peak in a fresh process; flops: of one example, at non-zero weights; latency: batch size
-    -> seconds on the threads of the row; efficiency: P_ref(accuracy) / nonzeros, None without a
-    frontier or outside of it; efficiency_with_index: the same with the index counted.
+    memory: peak at the largest batch size in a fresh process; flops: of one example, at non-zero
+    weights; latency: batch size -> seconds on the threads of the row; efficiency: P_ref(accuracy) /
+    nonzeros, None without a frontier or outside of it; efficiency_with_index: the same with the
+    index counted.
     """
 
     accuracy: Accuracy
@@ -45,13 +47,17 @@ class Side:
     efficiency_with_index: float | None
 
     @property
-    def accuracy_density(self) -> float:
-        """Top-1 percent per million non-zero parameters."""
+    def accuracy_density(self) -> float | None:
+        """Top-1 percent per million non-zero parameters; None if there is none."""
+        if not self.nonzeros:
+            return None
         return metrics.accuracy_density(self.accuracy.value, self.nonzeros)
 
     @property
-    def correct_per_logit_and_parameter(self) -> float:
-        """Correct predictions / (logits x non-zero parameters)."""
+    def correct_per_logit_and_parameter(self) -> float | None:
+        """Correct predictions / (logits x non-zero parameters); None if there is no non-zero."""
+        if not self.nonzeros:
+            return None
         return metrics.correct_per_logit_and_parameter(
             self.accuracy.correct, self.accuracy.classes, self.nonzeros
         )
@@ -68,14 +74,14 @@ class Evidence:
     environment: dict[str, str]
     plan: dict[str, Any] | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, strings and dicts for JSON (samples of latencies included)."""
+    def to_dict(self, *, samples: bool = False) -> dict[str, Any]:
+        """Return plain numbers, strings and dicts for JSON; samples: every latency sample, too."""
         return {
-            "dense": _plain(self.dense),
-            "sparse": _plain(self.sparse),
+            "dense": _plain(self.dense, samples),
+            "sparse": _plain(self.sparse, samples),
             "speedup": {str(n): dataclasses.asdict(r) for n, r in self.speedup.items()},
             "threads": self.threads,
-            "environment": self.environment,
+            "environment": dict(self.environment),
             "plan": self.plan,
         }
 
@@ -106,90 +112,60 @@ def evidence(
     """Measure a dense network and a sparse, compiled one: the row that proves it, or does not.
 
     model: the dense network to compare with; fast: what `compile` returned. data: (inputs, targets)
-    or batches of them, for accuracy (all of it) and latency (its first examples). Latencies are
-    interleaved in one process on `threads` threads; convolutions of the dense network also get
-    their channels_last form, and the faster counts. frontier: measured dense networks of the task,
-    for parameter efficiency. file: the packed file of the sparse network; by default `fast` is
-    saved to a temporary one. Raises ValueRangeError without data.
+    or batches of them such as a DataLoader, read once, for accuracy (all of it) and latency (its
+    first examples). Both networks take one tensor and return logits [n, classes]; see `latencies`
+    for how they are timed. frontier: measured dense networks of the task, for parameter efficiency.
+    file: the packed file of the sparse network; by default `fast` is saved to a temporary one.
+    Raises ValueRangeError (no data, batch_sizes, threads), ShapeError for data that is not pairs of
+    tensors or that a network does not take, NotFiniteError for logits with NaN.
     """
-    data = data if _is_pair(data) else list(data)
-    examples = _examples(data, max(batch_sizes))
-    dense, sparse = unwrap(model), unwrap(fast)
-    times = _times(dense, sparse, examples, batch_sizes, threads, repetitions)
-    sides = []
-    for side, network in (("dense", dense), ("sparse", sparse)):
-        size, index_bits = _file(network, side, file)
-        sides.append(
-            _side(
-                network,
-                metrics.accuracy(network, data),
-                size,
-                index_bits,
-                examples[: max(batch_sizes)],
-                {n: by[side] for n, by in times.items()},
-                frontier,
-                memory,
-            )
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueRangeError(f"batch_sizes is {batch_sizes!r}; pass whole numbers from 1")
+    networks = {"dense": unwrap(model), "sparse": unwrap(fast)}
+    files = {side: _file(network, side, file) for side, network in networks.items()}
+    accuracies, examples = _accuracies(networks, data, max(batch_sizes))
+    times = latencies(
+        model, fast, examples, batch_sizes, threads=threads, repetitions=repetitions
+    )
+    sides = {
+        side: _side(
+            network,
+            accuracies[side],
+            files[side],
+            examples,
+            {n: by[side] for n, by in times.items()},
+            frontier,
+            memory,
         )
-    plan = getattr(sparse, "prunus_plan", getattr(sparse, "plan", None))
+        for side, network in networks.items()
+    }
     return Evidence(
-        dense=sides[0],
-        sparse=sides[1],
+        dense=sides["dense"],
+        sparse=sides["sparse"],
         speedup={n: metrics.speedup(by["dense"], by["sparse"]) for n, by in times.items()},
         threads=threads,
         environment=environment(),
-        plan=plan.to_dict() if isinstance(plan, runtime.Plan) else None,
+        plan=_plan(networks["sparse"]),
     )
 
 
-def environment() -> dict[str, str]:
-    """Name what a figure depends on: processor, cores, versions, instruction set."""
-    return {
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "kernels": kernels.active_isa(),
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _is_pair(data: Data) -> bool:
-    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
-
-
-def _examples(data: Any, count: int) -> Tensor:
-    """Return the first `count` inputs, repeated if the data holds fewer."""
-    parts = [data[0][:count]] if _is_pair(data) else [x for x, _ in islice(data, count)]
-    if not parts or not len(parts[0]):
-        raise ValueRangeError("evidence: the data holds no examples; pass at least one batch")
-    inputs = torch.cat(parts)[:count]
-    return inputs.repeat(-(-count // len(inputs)), *[1] * (inputs.dim() - 1))[:count]
-
-
-def _times(
-    dense: nn.Module,
-    sparse: nn.Module,
+def latencies(
+    model: nn.Module,
+    fast: nn.Module,
     examples: Tensor,
     batch_sizes: Sequence[int],
-    threads: int,
-    repetitions: int,
+    *,
+    threads: int = 1,
+    repetitions: int = 30,
 ) -> dict[int, dict[str, Latency]]:
-    """Return batch size -> {"dense": the best dense form, "sparse": ...}, interleaved."""
-    networks = {"dense": dense, "sparse": sparse}
-    if any(isinstance(m, nn.Conv2d) for m in dense.modules()):
-        last = copy.deepcopy(dense)
+    """Return batch size -> {"dense": ..., "sparse": ...}, timed in turns in this process.
+
+    A dense network with convolutions is also timed in its channels_last form, and the faster one
+    counts. DDP is looked through; what torch.compile made is timed as it is.
+    """
+    networks = {"dense": _timed(model), "sparse": _timed(fast)}
+    if any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        last = copy.deepcopy(unwrap(model))
         networks["channels_last"] = last.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     times = {}
     with metrics.threads(threads), torch.no_grad(), ExitStack() as modes:
@@ -203,19 +179,131 @@ def _times(
     return times
 
 
+def environment() -> dict[str, str]:
+    """Name what a figure depends on: processor, cores, versions, instruction set."""
+    return {
+        "processor": machine(),
+        "cores": str(os.cpu_count()),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "kernels": kernels.active_isa(),
+    }
+
+
+def _plan(network: nn.Module) -> dict[str, Any] | None:
+    plan = getattr(network, "prunus_plan", getattr(network, "plan", None))
+    return plan.to_dict() if isinstance(plan, runtime.Plan) else None
+
+
+def _accuracies(
+    networks: dict[str, nn.Module], data: Data, count: int
+) -> tuple[dict[str, Accuracy], Tensor]:
+    """Return each network's accuracy, and `count` inputs, repeated if the data holds fewer.
+
+    One pass over the data, in which both networks see the same batches: a generator is enough, and
+    a loader that augments at random favours neither.
+    """
+    sums: dict[str, Accuracy] = {}
+    parts: list[Tensor] = []
+    with ExitStack() as modes:
+        for network in networks.values():
+            modes.enter_context(evaluating(network))
+        for number, (inputs, targets) in enumerate(_pairs(data)):
+            if not len(inputs):
+                continue
+            if not parts:
+                for side, network in networks.items():
+                    _expect_runs(side, network, inputs[:1])
+            if sum(map(len, parts)) < count:
+                parts.append(inputs[:count].clone())
+            for side, network in networks.items():
+                found = _accuracy(network, inputs, targets, number)
+                sums[side] = _add(sums[side], found) if side in sums else found
+    if not parts:
+        raise ValueRangeError("evidence: the data holds no examples; pass at least one batch")
+    examples = torch.cat(parts)[:count]
+    repeats = -(-count // len(examples))
+    return sums, examples.repeat(repeats, *[1] * (examples.dim() - 1))[:count]
+
+
+def _pairs(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (inputs, targets); a pair of tensors is one batch. Raises ShapeError."""
+    whole = isinstance(data, (tuple, list)) and all(isinstance(part, Tensor) for part in data)
+    for number, batch in enumerate([data] if whole and len(data) else data):
+        pair = list(batch) if isinstance(batch, (tuple, list)) else []
+        if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+            held = ", ".join(type(part).__name__ for part in pair)
+            raise ShapeError(
+                f"evidence: batch {number} is a {type(batch).__name__}{f' of {held}' * bool(held)}; "
+                f"expected (inputs, targets), both tensors. For a network with several or named "
+                f"inputs, pass a module that takes one tensor and unpacks it"
+            )
+        yield pair[0], pair[1]
+
+
+def _expect_runs(side: str, network: nn.Module, inputs: Tensor) -> None:
+    """Raise ShapeError if a network does not take such inputs."""
+    try:
+        with torch.no_grad():
+            network(inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ShapeError(
+            f"evidence: the {side} network does not take inputs {list(inputs.shape)} of "
+            f"{inputs.dtype}: {error}"
+        ) from error
+
+
+def _accuracy(network: nn.Module, inputs: Tensor, targets: Tensor, number: int) -> Accuracy:
+    try:
+        return metrics.accuracy(network, (inputs, targets))
+    except (ShapeError, ValueRangeError) as error:
+        raise type(error)(f"evidence: batch {number} of the data: {error}") from error
+
+
+def _add(a: Accuracy, b: Accuracy) -> Accuracy:
+    per_class = tuple(
+        (x[0] + y[0], x[1] + y[1]) for x, y in zip(a.per_class, b.per_class, strict=True)
+    )
+    return Accuracy(a.correct + b.correct, a.total + b.total, per_class)
+
+
+def _timed(network: nn.Module) -> nn.Module:
+    """Return what is timed: below DDP, but not below torch.compile, which is there for speed."""
+    return network if hasattr(network, "_orig_mod") else unwrap(network)
+
+
 def _bound(network: nn.Module, inputs: Tensor) -> Callable[[], Any]:
     return lambda: network(inputs)
 
 
-def _file(network: nn.Module, side: str, file: str | os.PathLike[str] | None) -> tuple[int, int]:
-    """Return the bytes of a network's file and the bits of it that are indices."""
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A network's file: its bytes, how many bits are indices, and the bits of a stored value."""
+
+    bytes: int
+    index_bits: int
+    value_bits: float
+
+
+def _file(network: nn.Module, side: str, file: str | os.PathLike[str] | None) -> _File:
     if side == "sparse" and file is not None:
-        size = metrics.file_bytes(file)
-        return size, _index_bits(file)
+        return _measured_file(file)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.safetensors")
         runtime.save(_plain_layers(network), path, format="dense" if side == "dense" else "auto")
-        return metrics.file_bytes(path), _index_bits(path)
+        return _measured_file(path)
+
+
+def _measured_file(path: str | os.PathLike[str]) -> _File:
+    """Read the header of a packed file: index bits say where values stand, not what they are."""
+    index_bits = values = nonzeros = 0
+    for tensor in formats.describe(path)["tensors"].values():
+        if tensor["format"] != "dense":
+            bits = tensor["nonzeros"] * formats.DTYPES[tensor["dtype"]].bits
+            index_bits += 8 * tensor["bytes"] - bits
+            values, nonzeros = values + bits, nonzeros + tensor["nonzeros"]
+    return _File(metrics.file_bytes(path), index_bits, values / nonzeros if nonzeros else 32.0)
 
 
 def _plain_layers(network: nn.Module) -> nn.Module:
@@ -228,41 +316,30 @@ def _plain_layers(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, packed) if packed else network
 
 
-def _index_bits(file: str | os.PathLike[str]) -> int:
-    """Bits of a packed file that say where values stand, not what they are."""
-    return sum(
-        8 * tensor["bytes"] - tensor["nonzeros"] * formats.DTYPES[tensor["dtype"]].bits
-        for tensor in formats.describe(file)["tensors"].values()
-        if tensor["format"] != "dense"
-    )
-
-
 def _side(
     network: nn.Module,
     accuracy: Accuracy,
-    size: int,
-    index_bits: int,
+    file: _File,
     inputs: Tensor,
     latency: dict[int, Latency],
     frontier: Frontier | None,
     memory: bool,
 ) -> Side:
     counts = metrics.counts(network)
-    value = accuracy.value
-    with_index = metrics.with_index(counts.nonzeros, index_bits, 32)
+    with_index = metrics.with_index(counts.nonzeros, file.index_bits, file.value_bits)
     peak = metrics.peak_memory(network, inputs) if memory else PeakMemory(None, "not asked for")
     efficiency = [
         None
         if frontier is None or not p
-        else metrics.parameter_efficiency(value, p, frontier, outside="none")
+        else metrics.parameter_efficiency(accuracy.value, p, frontier, outside="none")
         for p in (counts.nonzeros, with_index)
     ]
     return Side(
         accuracy=accuracy,
         parameters=counts.parameters,
         nonzeros=counts.nonzeros,
-        index_bits=index_bits,
-        bytes=size,
+        index_bits=file.index_bits,
+        bytes=file.bytes,
         memory=peak,
         flops=metrics.flops(network, inputs[:1]).sparse,
         latency=latency,
@@ -271,11 +348,19 @@ def _side(
     )
 
 
-def _plain(side: Side) -> dict[str, Any]:
+def _plain(side: Side, samples: bool) -> dict[str, Any]:
     values = {f.name: getattr(side, f.name) for f in dataclasses.fields(side)}
     values["accuracy"] = {"value": side.accuracy.value, **dataclasses.asdict(side.accuracy)}
     values["memory"] = dataclasses.asdict(side.memory)
-    values["latency"] = {str(n): dataclasses.asdict(t) for n, t in side.latency.items()}
+    values["latency"] = {str(n): _plain_latency(t, samples) for n, t in side.latency.items()}
     values["accuracy_density"] = side.accuracy_density
     values["correct_per_logit_and_parameter"] = side.correct_per_logit_and_parameter
+    return values
+
+
+def _plain_latency(latency: Latency, samples: bool) -> dict[str, Any]:
+    values = dataclasses.asdict(latency)
+    del values["measurement"]  # it only pairs samples within this process
+    if not samples:
+        del values["samples"]
     return values

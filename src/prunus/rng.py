@@ -7,6 +7,7 @@ draws are made on the CPU by a generator that is seeded from a hash of the key.
 from __future__ import annotations
 
 import hashlib
+from operator import index
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ Key = tuple[int | str, ...]
 
 def generator(key: Key) -> torch.Generator:
     """Return a fresh CPU generator for `key` (any tuple of ints and strings)."""
-    plain = tuple(part if isinstance(part, str) else int(part) for part in key)  # np.int64(3) is 3
+    # np.int64(3) and 3 are one key: a seed is a plain int again after a resume.
+    plain = tuple(part if isinstance(part, str) else index(part) for part in key)
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

@@ -1,12 +1,14 @@
 """The one exact, deterministic selection that every method rests on.
 
-No full sort and no copy of all scores: a threshold is found digit by digit over histograms of the
-scores' bit patterns, chunk after chunk (radix selection), so that 100 million weights need only a
-few megabytes. Ties are broken by position: the lower index is kept, earlier sites come first.
+No full sort and no copy of all scores: a sample brackets the threshold and one pass sorts out what
+lies inside; where too much does (ties), the threshold is found digit by digit over histograms of
+the scores' bit patterns. Both are exact and go chunk after chunk, so that 100 million weights need
+a few megabytes. Ties are broken by position: the lower index is kept, earlier sites come first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -21,7 +23,10 @@ CHUNK = 1 << 21
 _DIGIT = 16
 _BINS = 1 << _DIGIT
 _SORT_WIDTH = 1 << 12
-"""Rows up to this length are sorted many at a time; longer ones go through the histogram."""
+"""Rows up to this length are sorted many at a time; longer ones go through a threshold."""
+
+_SAMPLE = 1 << 14
+"""Units of each site that are looked at to bracket a threshold (up to twice as many)."""
 
 
 def check_scores(scores: Tensor, site: str) -> Tensor:
@@ -31,7 +36,7 @@ def check_scores(scores: Tensor, site: str) -> Tensor:
             f"scores of {site!r} are {scores.dtype}, not floating point; return a float tensor"
         )
     for chunk in scores.flatten().split(CHUNK):
-        if torch.isnan(chunk).any():
+        if chunk.numel() and torch.isnan(chunk.amax()):  # amax hands NaN on, in one fast pass
             raise NotFiniteError(
                 f"scores of {site!r} (shape {tuple(scores.shape)}) hold NaN: its weights or the "
                 f"signals they were computed from are not finite; nothing was changed"
@@ -50,30 +55,105 @@ def check_weights(sites: Iterable[Site], weights: Weights) -> None:
                 )
 
 
-def _keys(scores: Tensor, wide: bool) -> Tensor:
-    """Map floats to integers of the same order: int64 if `wide`, else int32."""
-    scores = (scores.double() if wide else scores.float()) + 0.0  # makes -0.0 and 0.0 a tie
-    bits = scores.view(torch.int64 if wide else torch.int32)
-    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
+def _keys(scores: Tensor) -> Tensor:
+    """Map float32 or float64 to integers of the same width and order."""
+    bits = (scores + 0.0).view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)  # 0.0 + -0.0 is 0.0
 
 
 def _chunks(scores: Tensor, wide: bool) -> Iterator[Tensor]:
+    """Yield the scores in order, in float64 if `wide`, else float32 (both hold them exactly)."""
     for chunk in scores.reshape(-1).split(CHUNK):
-        yield _keys(chunk, wide)
+        yield _widened(chunk, wide)
 
 
-def _threshold(
-    scores: Scores, sizes: Mapping[str, int], keep: float, wide: bool
-) -> tuple[int, float]:
-    """Return the key of the last kept unit and how much of `keep` is left for ties with it.
+def _threshold(scores: Scores, sizes: Mapping[str, int], keep: float) -> tuple[float, float, bool]:
+    """Return the score of the last kept unit, how much of `keep` is left for ties, and `wide`.
 
     sizes: elements per unit of each site; keep: elements to keep, above 0.
     """
+    samples, units = [], []
+    for name in sizes:  # one access of each site: scores may be computed again every time
+        flat = scores[name].reshape(-1)
+        units.append(len(flat))
+        # cloned, because a view would keep the scores of all sites alive at once
+        samples.append(flat[:: max(1, len(flat) // _SAMPLE)].clone())
+    wide = any(sample.dtype == torch.float64 for sample in samples)
+    samples = [_widened(sample, wide) for sample in samples]
+    found = _by_sample(scores, sizes, keep, samples, units) or _by_digits(scores, sizes, keep, wide)
+    return (*found, wide)
+
+
+def _by_sample(
+    scores: Scores,
+    sizes: Mapping[str, int],
+    keep: float,
+    samples: Sequence[Tensor],
+    units: Sequence[int],
+) -> tuple[float, float] | None:
+    """Bracket the threshold by a sample and sort what lies inside; None if that misses it."""
+    low, high = _bracket(list(sizes.values()), keep, samples, units)
+    wide = any(sample.dtype == torch.float64 for sample in samples)
+    left, most = keep, max(1 << 10, min(sum(units) // 4, 2 * CHUNK))
+    inside: list[Tensor] = []
+    for name, size in sizes.items():
+        held = []
+        for chunk in _chunks(scores[name], wide):
+            left -= float(torch.count_nonzero(chunk > high)) * size
+            held.append(chunk[(chunk >= low) & (chunk <= high)])
+            most -= len(held[-1])
+            if most < 0:
+                return None
+        inside.append(torch.cat(held))
+    values, weight = _ranked(inside, list(sizes.values()))
+    if left <= 0 or not len(values) or left > float(weight[-1]):
+        return None
+    place = int(torch.searchsorted(weight, left))
+    first = int(torch.searchsorted(-values, -values[place]))  # of the ties at the threshold
+    return float(values[place]), left - (float(weight[first - 1]) if first else 0.0)
+
+
+def _bracket(
+    sizes: Sequence[int], keep: float, samples: Sequence[Tensor], units: Sequence[int]
+) -> tuple[float, float]:
+    """Return two scores that the threshold lies between, but for bad luck (4 deviations)."""
+    stands_for = [
+        size * count / max(1, len(sample))
+        for size, count, sample in zip(sizes, units, samples, strict=True)
+    ]
+    values, weight = _ranked(samples, stands_for)
+    total = float(weight[-1]) if len(weight) else 0.0
+    share = min(1.0, keep / max(1.0, total))
+    squares = sum(w * w * len(sample) for w, sample in zip(stands_for, samples, strict=True))
+    margin = 4 * math.sqrt(share * (1 - share) * squares) + 16 * max(stands_for, default=0.0)
+    top, bottom = share * total - margin, share * total + margin
+    high = float(values[int(torch.searchsorted(weight, top))]) if top > 0 else math.inf
+    low = float(values[int(torch.searchsorted(weight, bottom))]) if bottom < total else -math.inf
+    return low, high
+
+
+def _widened(scores: Tensor, wide: bool) -> Tensor:
+    return scores.double() if wide else scores.float()
+
+
+def _ranked(parts: Sequence[Tensor], sizes: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return all values, highest first, and the elements kept down to each (float64)."""
+    values, order = torch.cat(list(parts)).cpu().sort(descending=True)
+    lengths = torch.tensor([len(part) for part in parts])
+    weight = torch.tensor(sizes, dtype=torch.float64).repeat_interleave(lengths)
+    return values, weight[order].cumsum(0)
+
+
+def _by_digits(
+    scores: Scores, sizes: Mapping[str, int], keep: float, wide: bool
+) -> tuple[float, float]:
+    """Find the threshold digit by digit over histograms of bit patterns (radix selection)."""
     prefix: int | None = None
     for shift in range((64 if wide else 32) - _DIGIT, -1, -_DIGIT):
         histogram = torch.zeros(_BINS, dtype=torch.int64)
         for name, size in sizes.items():
-            for keys in _chunks(scores[name], wide):
+            for chunk in _chunks(scores[name], wide):
+                keys = _keys(chunk)
                 if prefix is not None:
                     keys = keys[(keys >> (shift + _DIGIT)) == prefix]
                 digits = keys >> shift
@@ -86,7 +166,9 @@ def _threshold(
         digit = _BINS - 1 - place
         prefix = digit - _BINS // 2 if prefix is None else prefix * _BINS + digit
     assert prefix is not None
-    return prefix, keep
+    kind = torch.int64 if wide else torch.int32
+    bits = torch.tensor(prefix if prefix >= 0 else prefix ^ torch.iinfo(kind).max, dtype=kind)
+    return float(bits.view(torch.float64 if wide else torch.float32)), keep
 
 
 def global_counts(scores: Scores, sizes: Mapping[str, int], keep: float) -> dict[str, int]:
@@ -97,14 +179,13 @@ def global_counts(scores: Scores, sizes: Mapping[str, int], keep: float) -> dict
     """
     if keep <= 0:
         return dict.fromkeys(sizes, 0)
-    wide = any(scores[name].dtype == torch.float64 for name in sizes)
-    last, left = _threshold(scores, sizes, keep, wide)
+    last, left, wide = _threshold(scores, sizes, keep)
     above, ties = {}, {}
     for name in sizes:
         above[name] = ties[name] = 0
-        for keys in _chunks(scores[name], wide):
-            above[name] += int((keys > last).sum())
-            ties[name] += int((keys == last).sum())
+        for chunk in _chunks(scores[name], wide):
+            above[name] += int(torch.count_nonzero(chunk > last))
+            ties[name] += int(torch.count_nonzero(chunk == last))
     for name, size in sizes.items():
         taken = min(ties[name], max(0, round(left / size)))
         above[name] += taken
@@ -136,13 +217,12 @@ def keep_top(scores: Tensor, k: int) -> Tensor:
 
 
 def _keep_top_of_row(scores: Tensor, k: int, kept: Tensor) -> None:
-    wide = scores.dtype == torch.float64
-    last, left = _threshold({"": scores}, {"": 1}, k, wide)
+    last, left, wide = _threshold({"": scores}, {"": 1}, k)
     ties = int(left)
-    for keys, out in zip(_chunks(scores, wide), kept.split(CHUNK), strict=True):
-        torch.gt(keys, last, out=out)
+    for chunk, out in zip(_chunks(scores, wide), kept.split(CHUNK), strict=True):
+        torch.gt(chunk, last, out=out)
         if ties:
-            tied = torch.nonzero(keys == last).flatten()[:ties]
+            tied = torch.nonzero(chunk == last).flatten()[:ties]
             out[tied] = True
             ties -= len(tied)
 

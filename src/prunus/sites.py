@@ -15,14 +15,8 @@ from prunus.errors import SiteError
 
 Patterns = str | Sequence[str] | None
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -85,7 +79,12 @@ def find(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
     wanted, unwanted = _as_list(include), _as_list(exclude)
     names: dict[int, list[str]] = {}
     shapes: dict[int, tuple[int, ...]] = {}
-    prunable = {id(w) for module in model.modules() for w in _weights_of(module)}
+    prunable, transposed = set(), set()
+    for module in model.modules():
+        found = {id(weight) for weight in _weights_of(module)}
+        prunable |= found
+        if isinstance(module, _TRANSPOSED) or type(module).__name__ == "Conv1D":
+            transposed |= found
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise SiteError(f"{name!r} has no shape yet: run the model once before pruning it")
@@ -97,7 +96,7 @@ def find(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
             known = ", ".join(group[0] for group in names.values()) or "none"
             raise SiteError(f"pattern {pattern!r} matches no prunable weight; there are: {known}")
     sites = [
-        Site(group[0], shapes[key], aliases=tuple(group[1:]))
+        Site(group[0], shapes[key], tuple(group[1:]), transposed=key in transposed)
         for key, group in names.items()
         if (not wanted or any(matches(n, wanted) for n in group))
         and not any(matches(n, unwanted) for n in group)
@@ -124,3 +123,13 @@ def weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 def with_unit(site: Site, unit: int) -> Site:
     """Return the site with its unit size set, as a structure prescribes."""
     return replace(site, unit=unit)
+
+
+def turned(site: Site, tensor: torch.Tensor) -> torch.Tensor:
+    """Put outputs on axis 0 and inputs on axis 1, or back; structures see weights this way."""
+    return tensor.transpose(0, 1).contiguous() if site.transposed else tensor
+
+
+def turned_shape(site: Site) -> tuple[int, ...]:
+    """Return the shape with outputs on axis 0 and inputs on axis 1."""
+    return (site.shape[1], site.shape[0], *site.shape[2:]) if site.transposed else site.shape

@@ -135,7 +135,7 @@ def test_synflow_of_a_masked_network_counts_no_path_through_what_is_off():
         frozenset({FLOW}), sources(model, inputs=torch.ones(1, 3), masks={"0.weight": mask})
     )
     np.testing.assert_allclose(
-        signals.at("2.weight")[FLOW] * np.abs(matrices[1]), through[1], rtol=1e-12
+        signals.at("2.weight")[FLOW].numpy() * np.abs(matrices[1]), through[1], rtol=1e-12
     )
 
 

@@ -50,12 +50,24 @@ def test_keep_top_is_a_stable_sort(case):
     assert torch.equal(before, scores)
 
 
-@settings(max_examples=150, deadline=None)
-@given(scores_and_k(), st.integers(1, 17))
-def test_the_streamed_path_is_a_stable_sort_too(case, chunk):
+def force(patch, path):
+    """Send every selection through one path: histograms, or a sample that often misses."""
+    patch.setattr(select, "_SORT_WIDTH", 0)
+    if path == "digits":
+        patch.setattr(select, "_by_sample", lambda *args: None)
+    else:
+        patch.setattr(select, "_SAMPLE", path)
+
+
+PATHS = st.sampled_from(["digits", 1 << 16, 8, 2])
+
+
+@settings(max_examples=300, deadline=None)
+@given(scores_and_k(), st.integers(1, 17), PATHS)
+def test_the_streamed_paths_are_stable_sorts_too(case, chunk, path):
     scores, k = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "_SORT_WIDTH", 0)
+        force(patch, path)
         patch.setattr(select, "CHUNK", chunk)
         assert np.array_equal(select.keep_top(scores, k).numpy(), reference(scores, k))
 
@@ -143,21 +155,25 @@ def networks(draw, unit=None):
     return scores, sizes, total
 
 
-@settings(max_examples=200, deadline=None)
-@given(networks(unit=1), st.floats(0, 1))
-def test_global_counts_of_single_weights_are_a_full_sort(case, fraction):
+@settings(max_examples=300, deadline=None)
+@given(networks(unit=1), st.floats(0, 1), PATHS)
+def test_global_counts_of_single_weights_are_a_full_sort(case, fraction, path):
     scores, sizes, total = case
     keep = round(fraction * total)
-    assert select.global_counts(scores, sizes, keep) == brute_counts(scores, sizes, keep)
-    got = select.global_counts(scores, sizes, fraction * total)
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, path)
+        assert select.global_counts(scores, sizes, keep) == brute_counts(scores, sizes, keep)
+        got = select.global_counts(scores, sizes, fraction * total)
     assert abs(sum(got.values()) - fraction * total) <= 0.5 + 1e-9
 
 
-@settings(max_examples=200, deadline=None)
-@given(networks(), st.floats(0, 1))
-def test_global_counts_of_units_come_within_one_unit_and_rank_rightly(case, fraction):
+@settings(max_examples=300, deadline=None)
+@given(networks(), st.floats(0, 1), PATHS)
+def test_global_counts_of_units_come_within_one_unit_and_rank_rightly(case, fraction, path):
     scores, sizes, total = case
-    got = select.global_counts(scores, sizes, fraction * total)
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, path)
+        got = select.global_counts(scores, sizes, fraction * total)
     kept = sum(got[name] * sizes[name] for name in sizes)
     assert abs(kept - fraction * total) <= max(sizes.values())
     lowest_kept, highest_cut = math.inf, -math.inf
@@ -173,8 +189,10 @@ def test_ties_go_to_earlier_sites():
     assert select.global_counts(scores, dict.fromkeys(scores, 1), 7) == {"a": 4, "b": 1, "c": 2}
 
 
+@pytest.mark.parametrize("path", ["digits", 1 << 16, 1 << 8, 1 << 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_large_sites_match_a_full_sort(dtype):
+def test_large_sites_match_a_full_sort(dtype, path, monkeypatch):
+    force(monkeypatch, path)
     generator = torch.Generator().manual_seed(0)
     scores = {
         name: (torch.randn(1, size, generator=generator) * scale).abs().to(dtype)

@@ -27,6 +27,12 @@ def test_an_int_of_numpy_is_the_same_key():
     assert torch.equal(plain, rng.uniform((torch.tensor(3).item(), "a"), (20,)))
 
 
+@pytest.mark.parametrize("key", [(1.5,), ((1, 2),), (None,)])
+def test_a_key_is_made_of_ints_and_strings(key):
+    with pytest.raises(TypeError):
+        rng.uniform(key, (1,))
+
+
 def test_global_state_is_left_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()

@@ -25,6 +25,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": lambda p, **kw: torch.optim.SGD(p, momentum=0.9, nesterov=True, **kw),
 }
+_MEASURING, _FRONTIER = 1.0, 0.5  # rough costs in trainings, for the progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,9 @@ class Outcome:
 
 def cost(experiment: Experiment) -> float:
     """Estimate the cost of an experiment in trainings of its model."""
-    return len(experiment.seeds) * (4.0 + len(experiment.sweep)) + 1.0
+    dense = 2.0 if experiment.trained else 1.0
+    seed = dense + len(experiment.sweep) + 1.0 + _MEASURING
+    return len(experiment.seeds) * seed + _FRONTIER * bool(experiment.frontier)
 
 
 def run(experiment: Experiment, work: Work) -> Outcome:
@@ -106,8 +109,10 @@ def run(experiment: Experiment, work: Work) -> Outcome:
 
 def _frontier(experiment: Experiment, data: Dataset, work: Work) -> tuple[tuple[float, float], ...]:
     """Train the smaller dense networks that sparse ones are compared with."""
-    points = []
-    with work.phase(f"{experiment.name}: dense networks of other sizes", 1.0) as on_step:
+    points: list[tuple[float, float]] = []
+    if not experiment.frontier:
+        return ()
+    with work.phase(f"{experiment.name}: smaller dense networks", _FRONTIER) as on_step:
         for number, build in enumerate(experiment.frontier):
             model = build(experiment.seeds[0])
             _train(model, data, experiment.training, experiment.seeds[0])
@@ -131,8 +136,8 @@ def _run(
         before = _copy(model)
         _train(model, data, experiment.training, seed, on_step=on_step)
         start = _copy(model) if experiment.trained else before
-    with work.phase(f"{label}: dense, as long as the sparse one", 1.0) as on_step:
-        if experiment.trained:  # then the sparse network is trained twice as long: so is this one
+    if experiment.trained:  # then the sparse network is trained twice as long: so is this one
+        with work.phase(f"{label}: dense, longer", 1.0) as on_step:
             _train(model, data, experiment.training, seed + 1000, on_step=on_step)
     curve = {}
     for sparsity in experiment.sweep:
@@ -141,7 +146,7 @@ def _run(
             curve[sparsity] = metrics.accuracy(tried, test).value
     with work.phase(f"{label}: sparse", 1.0) as on_step:
         sparse, attached = _sparse(experiment, start, data, seed, None, on_step)
-    with work.phase(f"{label}: packing and measuring", 1.0):
+    with work.phase(f"{label}: measuring", _MEASURING):
         file = experiment.folder / f"{experiment.name}-seed{seed}.safetensors"
         runtime.save(sparse, file)
         loaded = runtime.load(file, experiment.model(seed))

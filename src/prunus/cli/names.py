@@ -1,11 +1,8 @@
-"""Names in a recipe or on the command line become objects here, and nowhere else."""
+"""Names in a recipe become methods and their parts here, and nowhere else."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,34 +16,51 @@ PROCEDURES = ("Ticket", "fixed", "lottery_ticket")
 FROM_INITIALISATION = frozenset({"random_pruning", "snip", "synflow", "set_", "rigl"})
 """Methods whose papers start from initialisation; the others prune a trained network."""
 
+_PARTS = {"Structure": structures, "Allocation": allocations}
+_PLAIN: dict[str, tuple[tuple[type, ...], str]] = {
+    "float": ((int, float), "a number"),
+    "int": ((int,), "a whole number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+}
+
 
 def method_names() -> list[str]:
     """Names of the methods that a recipe may ask for."""
     return [name for name in methods.__all__ if name not in PROCEDURES]
 
 
-def build_method(name: str, arguments: Mapping[str, Any], steps: int) -> Sparsifier:
-    """Call a method by name; its parameter `steps` is filled in. Raises RecipeError."""
+def find_method(name: Any) -> Callable[..., Sparsifier]:
+    """Return a method's function. Raises RecipeError with the allowed names."""
     if name not in method_names():
         raise RecipeError(f"unknown method {name!r}; allowed: {', '.join(method_names())}")
-    function = getattr(methods, name)
-    known = inspect.signature(function).parameters
-    for key in arguments:
-        if key not in known:
-            raise RecipeError(f"method {name} has no argument {key!r}; allowed: {', '.join(known)}")
-    values = {key: _value(key, value) for key, value in arguments.items()}
-    if "steps" in known:
-        values.setdefault("steps", steps)
-    try:
-        return function(**values)
-    except TypeError as error:
-        raise RecipeError(f"method {name}: {error}") from None
+    return getattr(methods, name)
 
 
-def _value(key: str, value: Any) -> Any:
-    if key == "structure":
-        return _slot("structure", structures, value)
-    return _slot("allocation", allocations, value) if key == "allocation" else value
+def argument(method: str, key: str, value: Any) -> Any:
+    """Read one argument of a method by its annotation: slots by name. Raises RecipeError."""
+    known = inspect.signature(find_method(method)).parameters
+    if key not in known:
+        raise RecipeError(f"{method} has no argument {key!r}; allowed: {', '.join(known)}")
+    kind, _, optional = str(known[key].annotation).partition(" | ")
+    if value is None and optional == "None":
+        return None
+    if kind in _PARTS:
+        return _slot(kind.lower(), _PARTS[kind], value)
+    types, words = _PLAIN.get(kind, ((object,), ""))
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise RecipeError(f"{key} is {value!r}; allowed: {words}")
+    return value
+
+
+def build_method(name: str, arguments: Mapping[str, Any], steps: int) -> Sparsifier:
+    """Call a method with arguments that were read; `steps` is filled in. Raises RecipeError."""
+    known = inspect.signature(find_method(name)).parameters
+    values = {"steps": steps, **arguments} if "steps" in known else dict(arguments)
+    missing = [k for k, p in known.items() if p.default is p.empty and k not in values]
+    if missing:
+        raise RecipeError(f"{name} needs {', '.join(missing)}; allowed: {', '.join(known)}")
+    return find_method(name)(**values)
 
 
 def _slot(kind: str, package: Any, value: Any) -> Any:
@@ -59,42 +73,18 @@ def _slot(kind: str, package: Any, value: Any) -> Any:
             f"unknown {kind} {value!r}; allowed: {', '.join(package.__all__)}, "
             f"with arguments as {{name: [...]}}"
         )
-    if isinstance(arguments, Mapping):
-        keywords = {k: _slot(kind, package, v) if k == "base" else v for k, v in arguments.items()}
-        return _call(kind, name, getattr(package, name), [], keywords)
-    positional = list(arguments) if isinstance(arguments, (list, tuple)) else [arguments]
-    if name in ("floor", "overrides") and positional:
-        positional[0] = _slot(kind, package, positional[0])
-    return _call(kind, name, getattr(package, name), positional, {})
-
-
-def _call(
-    kind: str, name: str, function: Callable[..., Any], positional: list[Any], keywords: Any
-) -> Any:
+    function = getattr(package, name)
+    signature = inspect.signature(function)
     try:
-        return function(*positional, **keywords)
-    except TypeError as error:
-        raise RecipeError(
-            f"{kind} {name}: {error}; it is called as {name}{inspect.signature(function)}"
-        ) from None
-
-
-def importable(reference: str) -> Callable[..., Any]:
-    """Import "package.module:function"; the working directory counts. Raises RecipeError."""
-    module, _, name = reference.partition(":")
-    if not module or not name:
-        raise RecipeError(f"{reference!r} is not of the form package.module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        value = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise RecipeError(f"cannot import {module!r} for {reference!r}: {error}") from error
-    except AttributeError:
-        raise RecipeError(f"module {module!r} has no {name!r}") from None
-    if not callable(value):
-        raise RecipeError(f"{reference!r} is {type(value).__name__}, not a function")
-    return value
+        if isinstance(arguments, Mapping):
+            bound = signature.bind(**arguments)
+        else:
+            bound = signature.bind(*(arguments if isinstance(arguments, list) else [arguments]))
+        if "base" in bound.arguments:
+            bound.arguments["base"] = _slot(kind, package, bound.arguments["base"])
+        return function(*bound.args, **bound.kwargs)
+    except (TypeError, AttributeError) as error:  # too few, too many, or of a wrong kind
+        raise RecipeError(f"{kind} {name}: {error}; it is {name}{signature}") from None
 
 
 def first_line(function: Callable[..., Any]) -> str:

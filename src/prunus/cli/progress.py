@@ -1,7 +1,9 @@
-"""A progress bar with an estimate for long work; silent when asked to be, or without a terminal."""
+"""Progress of long work on stderr: a bar with an estimate, or in a log one line per phase."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -15,22 +17,27 @@ class Work:
 
     def __init__(self, cost: float, *, quiet: bool = False) -> None:
         """cost: of all phases together, in any unit; quiet: show nothing."""
+        console = Console(stderr=True)
+        terminal = sys.stderr.isatty() and not console.is_dumb_terminal
+        self._lines = not quiet and not terminal
+        self._started = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
+            console=console,
+            disable=quiet or not terminal,
             transient=True,
         )
         self._task = self._bar.add_task("starting", total=cost)
 
     def __enter__(self) -> Work:
         """Show the bar."""
-        self._bar.start()
+        if not self._bar.disable:
+            self._bar.start()
         return self
 
     def __exit__(
@@ -40,11 +47,15 @@ class Work:
         trace: TracebackType | None,
     ) -> None:
         """Take the bar away."""
-        self._bar.stop()
+        if not self._bar.disable:
+            self._bar.stop()
 
     @contextmanager
     def phase(self, name: str, cost: float) -> Iterator[Callable[[int, int], None]]:
         """Name what happens now; yields on_step(done, total), which moves the bar within `cost`."""
+        if self._lines:
+            elapsed = time.monotonic() - self._started
+            print(f"prunus: {elapsed:5.0f} s  {name}", file=sys.stderr, flush=True)
         self._bar.update(self._task, description=name)
         start = self._bar.tasks[0].completed
 

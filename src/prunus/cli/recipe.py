@@ -2,278 +2,255 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
-import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.bench import Dataset, digits, fashion_mnist
+from prunus.cli import names, user
 from prunus.cli.experiment import OPTIMIZERS, Experiment, Training
-from prunus.cli.names import FROM_INITIALISATION, build_method, importable, method_names
+from prunus.cli.rehearse import Misfit, rehearse
+from prunus.cli.source import Place, Source
 from prunus.core import Sparsifier
-from prunus.errors import PrunusError, RecipeError
 
 DATA: dict[str, Callable[[int], Dataset]] = {
     "digits": digits,
     "fashion-mnist": lambda seed: fashion_mnist(),
 }
 
-Place: TypeAlias = tuple[str | int, ...]
 
-_TOP = ("name", "model", "data", "method", "sites", "training", "seeds", "sweep", "outputs")
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
-_SCHEDULES = ("cosine", "linear", "constant")
+class Kind(NamedTuple):
+    """What a value may be, in words and as a test."""
+
+    allowed: str
+    test: Callable[[Any], bool]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(allowed: str, test: Callable[[float], bool]) -> Kind:
+    def holds(value: Any) -> bool:
+        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return plain and math.isfinite(value) and test(value)
+
+    return Kind(allowed, holds)
+
+
+def _one_of(*allowed: str) -> Kind:
+    return Kind(", ".join(allowed), lambda value: isinstance(value, str) and value in allowed)
+
+
+_COUNT = Kind("whole numbers from 1", lambda value: _is_int(value) and value >= 1)
+_NAME = Kind(
+    "a text of letters, digits, spaces, and . _ -",
+    lambda value: isinstance(value, str) and re.fullmatch(r"[\w.][\w. -]*", value) is not None,
+)
+_PATH = Kind("a path", lambda value: isinstance(value, str) and value.strip() != "")
+_PATTERNS = Kind(
+    "a name or pattern, or a list of them",
+    lambda value: (
+        isinstance(value, str)
+        or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    ),
+)
+_SEEDS = Kind(
+    "how many, from 1, or a list of different whole numbers from 0",
+    lambda value: (
+        _COUNT.test(value)
+        or (
+            isinstance(value, list)
+            and len(set(map(str, value))) == len(value) > 0
+            and all(_is_int(seed) and seed >= 0 for seed in value)
+        )
+    ),
+)
+_SHARE = _number("sparsities above 0 and below 1", lambda value: 0 < value < 1)
+_SWEEP = Kind(
+    "a list of sparsities above 0 and below 1",
+    lambda value: isinstance(value, list) and all(map(_SHARE.test, value)),
+)
+
+TOP = ("name", "model", "data", "method", "sites", "training", "seeds", "sweep", "outputs")
+TRAINING: dict[str, Kind] = {
+    "epochs": _COUNT,
+    "batch_size": _COUNT,
+    "optimizer": _one_of(*OPTIMIZERS),
+    "lr": _number("numbers above 0", lambda value: value > 0),
+    "weight_decay": _number("numbers from 0", lambda value: value >= 0),
+    "schedule": _one_of("cosine", "linear", "constant"),
+    "label_smoothing": _number("numbers from 0 to below 1", lambda value: 0 <= value < 1),
+    "start": _one_of("trained", "initial"),
+}
 
 
 def load_recipe(path: str | Path) -> Experiment:
-    """Read a recipe. Raises RecipeError with file, line and the allowed values."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not a text file: {error}") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{path}:1: a recipe is a mapping with the keys {', '.join(_TOP)}")
-    lines: dict[Place, int] = {}
-    values = _plain(node, (), lines, path)
-    return _Reader(path, values, lines).experiment()
+    """Read a recipe and try it without training.
 
-
-def _plain(node: yaml.Node, place: Place, lines: dict[Place, int], path: Path) -> Any:
-    """Turn a YAML node into plain values and remember the line of every place."""
-    lines[place] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in result:
-                raise RecipeError(f"{path}:{line}: {key!r} stands here a second time")
-            result[key] = _plain(value_node, (*place, key), lines, path)
-            lines[(*place, key)] = line
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*place, i), lines, path) for i, item in enumerate(node.value)]
-    value = yaml.SafeLoader("").construct_object(node)
-    if isinstance(value, str) and node.style is None and _NUMBER.fullmatch(value):
-        return float(value)  # YAML 1.1 reads 1e-3, which has no dot, as text
-    return value
+    Raises RecipeError with file, line and the allowed values.
+    """
+    reader = _Reader(Source(path))
+    job = reader.experiment()
+    try:
+        rehearse(job)
+    except Misfit as error:
+        raise reader.source.fail(error.place, str(error)) from error
+    return job
 
 
 class _Reader:
-    """Checks a recipe from top to bottom; every complaint names a line."""
+    """Reads a recipe from top to bottom; every complaint names a line."""
 
-    def __init__(self, path: Path, values: dict[str, Any], lines: Mapping[Place, int]) -> None:
-        self.path, self.values, self.lines = path, values, lines
-
-    def fail(self, place: Place, message: str) -> RecipeError:
-        """Return an error that names the line of the nearest known place."""
-        while place not in self.lines:
-            place = place[:-1]
-        return RecipeError(f"{self.path}:{self.lines[place]}: {message}")
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.values = source.values
+        if not isinstance(self.values, dict):
+            empty = "the file is empty; " if self.values is None else ""
+            raise source.fail((), f"{empty}a recipe is a mapping with the keys {', '.join(TOP)}")
 
     def experiment(self) -> Experiment:
         """Read everything."""
-        self.only((), self.values, _TOP)
+        self.only((), self.values, TOP)
         for key in ("model", "data", "method"):
-            if key not in self.values:
-                raise self.fail((), f"{key!r} is missing; a recipe needs model, data and method")
-        sites = self.mapping(("sites",), ("include", "exclude"))
-        outputs = self.mapping(("outputs",), ("folder",))
-        method, name = self.method()
-        start = self.mapping(("training",), tuple(_training_fields())).get("start", None)
-        if start not in (None, "trained", "initial"):
-            raise self.fail(("training", "start"), f"start is {start!r}; allowed: trained, initial")
+            if self.values.get(key) is None:
+                raise self.source.fail((key,), f"{key!r} is missing; a recipe needs it")
+        sites = self.mapping("sites", ("include", "exclude"))
+        outputs = self.mapping("outputs", ("folder",))
+        training = self.mapping("training", TRAINING)
+        for key, value in training.items():
+            self.check(("training", key), value, TRAINING[key])
+        start = training.pop("start", None)
+        stem = re.sub(r"[^\w.-]", "-", self.source.path.stem)
+        method, method_name = self.method()
+        seeds = self.value("seeds", 1, _SEEDS)
         return Experiment(
-            name=str(self.values.get("name", self.path.stem)),
+            name=self.value("name", stem, _NAME),
             model=self.model(),
             data=self.data(),
             method=method,
-            training=self.training(),
-            folder=Path(str(outputs.get("folder", f"prunus-{self.path.stem}"))),
-            seeds=self.seeds(),
-            trained=(name not in FROM_INITIALISATION) if start is None else start == "trained",
-            include=self.texts(("sites", "include"), sites.get("include", [])),
-            exclude=self.texts(("sites", "exclude"), sites.get("exclude", [])),
-            sweep=self.sweep(),
+            training=Training(**training),
+            folder=Path(
+                self.check(("outputs", "folder"), outputs.get("folder", f"prunus-{stem}"), _PATH)
+            ),
+            seeds=range(seeds) if _is_int(seeds) else tuple(seeds),
+            trained=start == "trained"
+            or (start is None and method_name not in names.FROM_INITIALISATION),
+            include=self.patterns(sites, "include"),
+            exclude=self.patterns(sites, "exclude"),
+            sweep=tuple(self.value("sweep", [], _SWEEP)),
         )
 
-    def only(self, place: Place, values: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    def only(self, place: Place, values: dict[str, Any], allowed: Collection[str]) -> None:
         """Refuse unknown keys."""
         for key in values:
             if key not in allowed:
-                raise self.fail((*place, key), f"unknown {key!r}; allowed: {', '.join(allowed)}")
+                message = f"unknown key {key!r}; allowed: {', '.join(allowed)}"
+                raise self.source.fail((*place, key), message)
 
-    def mapping(self, place: Place, allowed: tuple[str, ...]) -> dict[str, Any]:
-        """Return an optional mapping with known keys."""
-        values = self.values.get(str(place[0])) or {}
+    def mapping(self, key: str, allowed: Collection[str]) -> dict[str, Any]:
+        """Return a copy of an optional mapping with known keys."""
+        values = self.values.get(key)
+        values = {} if values is None else values
         if not isinstance(values, dict):
-            raise self.fail(place, f"{place[0]} is a mapping with the keys {', '.join(allowed)}")
-        self.only(place, values, allowed)
-        return values
+            message = f"{key} is {values!r}; allowed: a mapping with the keys {', '.join(allowed)}"
+            raise self.source.fail((key,), message)
+        self.only((key,), values, allowed)
+        return dict(values)
 
-    def call(self, place: Place, value: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """Read "module:function", or {call: module:function, further arguments}."""
+    def check(self, place: Place, value: Any, kind: Kind) -> Any:
+        """Return a value that is of its kind."""
+        if not kind.test(value):
+            message = f"{place[-1]} is {value!r}; allowed: {kind.allowed}"
+            raise self.source.fail(place, message)
+        return value
+
+    def value(self, key: str, default: Any, kind: Kind) -> Any:
+        """Return the value of an optional key."""
+        return self.check((key,), self.values.get(key, default), kind)
+
+    def patterns(self, sites: dict[str, Any], key: str) -> tuple[str, ...]:
+        """Return the patterns of a key as a tuple."""
+        found = self.check(("sites", key), sites.get(key, []), _PATTERNS)
+        return (found,) if isinstance(found, str) else tuple(found)
+
+    def called(self, key: str) -> tuple[str, dict[str, Any]]:
+        """Read `module:function`, or a mapping with it under `call` and arguments beside it."""
+        value = self.values[key]
         arguments = dict(value) if isinstance(value, dict) else {"call": value}
         reference = arguments.pop("call", None)
         if not isinstance(reference, str):
-            raise self.fail(
-                place, f"{place[0]} is package.module:function, or {{call: ..., argument: value}}"
+            message = (
+                f"{key} is {value!r}; allowed: module:function, {{call: module:function, ...}}"
             )
-        try:
-            function = importable(reference)
-        except RecipeError as error:
-            raise self.fail(place, str(error)) from None
-        try:
-            known = inspect.signature(function).parameters
-        except (TypeError, ValueError):
-            return function, arguments
-        free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-        for key in arguments:
-            if key not in known and not free:
-                raise self.fail(
-                    (*place, key),
-                    f"{reference} has no argument {key!r}; allowed: {', '.join(known)}",
-                )
-        return function, arguments
+            raise self.source.fail((key,), message)
+        return reference, arguments
+
+    def function(self, key: str) -> tuple[Callable[[int], Any], str]:
+        """Return seed -> what the user's function returns, and its name."""
+        reference, arguments = self.called(key)
+        with self.source.at(key):
+            function = user.importable(reference, self.source.path.parent)
+            user.expect_complete(function, reference, arguments)
+        for argument in arguments:
+            with self.source.at(key, argument):
+                user.expect_argument(function, reference, argument)
+        return lambda seed: user.call(function, reference, arguments, seed), reference
 
     def model(self) -> Callable[[int], nn.Module]:
         """Return seed -> model."""
-        function, arguments = self.call(("model",), self.values["model"])
+        build, name = self.function("model")
 
-        def build(seed: int) -> nn.Module:
-            model = _seeded(function, arguments, seed)
-            if not isinstance(model, nn.Module):
-                raise self.fail(("model",), f"the model function returned {type(model).__name__}")
-            return model
+        def model(seed: int) -> nn.Module:
+            with self.source.at("model"):
+                return user.as_model(build(seed), name)
 
-        return build
+        return model
 
     def data(self) -> Callable[[int], Dataset]:
-        """Return seed -> Dataset."""
-        value = self.values["data"]
-        if isinstance(value, str) and ":" not in value:
-            if value not in DATA:
-                raise self.fail(
-                    ("data",),
-                    f"unknown data {value!r}; allowed: {', '.join(DATA)}, package.module:function",
-                )
-            return DATA[value]
-        function, arguments = self.call(("data",), value)
-        return lambda seed: self.dataset(_seeded(function, arguments, seed))
+        """Return seed -> Dataset; the last one is remembered."""
+        reference, arguments = self.called("data")
+        if ":" not in reference and reference not in DATA:
+            message = f"unknown data {reference!r}; allowed: {', '.join(DATA)}, module:function"
+            raise self.source.fail(("data",), message)
+        if reference in DATA:
+            self.only(("data",), arguments, ())
+            build, name = DATA[reference], reference
+        else:
+            build, name = self.function("data")
 
-    def dataset(self, value: Any) -> Dataset:
-        """Accept a Dataset or its four tensors."""
-        if isinstance(value, Dataset):
-            return value
-        tensors = tuple(value) if isinstance(value, (tuple, list)) else ()
-        if len(tensors) != 4 or not all(isinstance(t, Tensor) for t in tensors):
-            raise self.fail(
-                ("data",),
-                "the data function returns a prunus.bench.Dataset, or the tensors "
-                "(train_inputs, train_targets, test_inputs, test_targets)",
-            )
-        for inputs, targets in (tensors[:2], tensors[2:]):
-            if len(inputs) != len(targets) or not len(inputs):
-                raise self.fail(
-                    ("data",), f"{len(inputs)} inputs and {len(targets)} targets; need as many"
-                )
-        classes = int(tensors[1].max()) + 1
-        return Dataset(*tensors, classes=classes, name=str(self.values["data"]))
+        @lru_cache(maxsize=1)
+        def data(seed: int) -> Dataset:
+            with self.source.at("data"):
+                return user.as_dataset(build(seed), name)
+
+        return data
 
     def method(self) -> tuple[Callable[[float | None, int], Sparsifier], str]:
         """Return (sparsity or None, steps) -> method, and its name; tried once here."""
         value = self.values["method"]
-        arguments = dict(value) if isinstance(value, dict) else {"name": value}
-        name = arguments.pop("name", None)
-        if name not in method_names():
-            raise self.fail(
-                ("method", "name"),
-                f"unknown method {name!r}; allowed: {', '.join(method_names())}",
-            )
+        given = dict(value) if isinstance(value, dict) else {"name": value}
+        name = given.pop("name", None)
+        with self.source.at("method", "name"):
+            names.find_method(name)
+        arguments: dict[str, Any] = {}
+        for key, one in given.items():
+            with self.source.at("method", key):
+                arguments[key] = names.argument(name, key, one)
 
         def build(sparsity: float | None, steps: int) -> Sparsifier:
             chosen = arguments if sparsity is None else {**arguments, "sparsity": sparsity}
-            return build_method(name, chosen, steps)
+            try:
+                return names.build_method(name, chosen, steps)
+            except ValueError as error:
+                named = [k for k in given if re.search(rf"\b{re.escape(k)}\b", str(error))]
+                culprit = min(named, key=str(error).index) if named else "name"
+                raise self.source.fail(("method", culprit), str(error)) from error
 
-        try:
-            build(None, 10_000)
-        except PrunusError as error:
-            culprit = next((k for k in arguments if k in str(error)), "name")
-            raise self.fail(("method", culprit), str(error)) from None
-        return build, str(name)
-
-    def training(self) -> Training:
-        """Check every field of training by type and range."""
-        values = self.mapping(("training",), tuple(_training_fields()))
-        for key, value in values.items():
-            place = ("training", key)
-            if key == "optimizer" and value not in OPTIMIZERS:
-                raise self.fail(place, f"optimizer is {value!r}; allowed: {', '.join(OPTIMIZERS)}")
-            if key == "schedule" and value not in _SCHEDULES:
-                raise self.fail(place, f"schedule is {value!r}; allowed: {', '.join(_SCHEDULES)}")
-            if key in ("epochs", "batch_size") and (not _is_int(value) or value < 1):
-                raise self.fail(place, f"{key} is {value!r}; allowed: whole numbers from 1")
-            if key in ("lr", "weight_decay", "label_smoothing"):
-                low = value >= 0 if _is_number(value) else False
-                if not low or (key == "lr" and value == 0):
-                    raise self.fail(place, f"{key} is {value!r}; allowed: numbers above 0")
-        return Training(**{key: value for key, value in values.items() if key != "start"})
-
-    def seeds(self) -> tuple[int, ...]:
-        """Read a count, or a list of seeds."""
-        value = self.values.get("seeds", 1)
-        seeds = list(range(value)) if _is_int(value) else value
-        if not isinstance(seeds, list) or not seeds or not all(_is_int(s) for s in seeds):
-            raise self.fail(("seeds",), f"seeds is {value!r}; allowed: a count from 1, or a list")
-        return tuple(seeds)
-
-    def sweep(self) -> tuple[float, ...]:
-        """Read the further sparsities."""
-        value = self.values.get("sweep", [])
-        ok = isinstance(value, list) and all(_is_number(v) and 0 <= v <= 1 for v in value)
-        if not ok:
-            raise self.fail(("sweep",), f"sweep is {value!r}; allowed: sparsities from 0 to 1")
-        return tuple(float(v) for v in value)
-
-    def texts(self, place: Place, value: Any) -> tuple[str, ...]:
-        """Read one pattern or a list of them."""
-        patterns = [value] if isinstance(value, str) else value
-        if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-            raise self.fail(place, f"{place[-1]} is a list of names or patterns, got {value!r}")
-        return tuple(patterns)
-
-
-def _training_fields() -> list[str]:
-    return [*(field.name for field in dataclasses.fields(Training)), "start"]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _seeded(function: Callable[..., Any], arguments: dict[str, Any], seed: int) -> Any:
-    """Call a user's function under a seed; it gets the seed itself if it takes one."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            takes_seed = "seed" in inspect.signature(function).parameters
-        except (TypeError, ValueError):
-            takes_seed = False
-        return function(**arguments, **({"seed": seed} if takes_seed else {}))
+        build(None, 10**9)  # the training's length is not known yet; rehearse() tries that one
+        return build, name

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +56,15 @@ def _gradient(sources: Sources) -> dict[str, Tensor]:
             "this method reads the gradient of the loss: pass batches= and loss=, where "
             "loss(model, batch) returns a scalar; or attach it to an optimizer"
         )
+    for name, parameter in sources.parameters.items():
+        if not parameter.requires_grad:
+            raise SignalError(
+                f"site {name!r} (shape {tuple(parameter.shape)}) is frozen, so it has no gradient; "
+                f"exclude it, or set requires_grad on it"
+            )
     total = {name: torch.zeros_like(p) for name, p in sources.parameters.items()}
     count = 0
-    with torch.enable_grad():
+    with torch.enable_grad(), untouched(sources.model):
         for batch in sources.batches:
             loss = sources.loss(sources.model, batch)
             grads = torch.autograd.grad(loss, list(sources.parameters.values()), allow_unused=True)
@@ -68,6 +75,20 @@ def _gradient(sources: Sources) -> dict[str, Tensor]:
     if not count:
         raise ValueRangeError("the calibration data is empty: batches= gave no batch")
     return {name: value / count for name, value in total.items()}
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Give buffers (running statistics) and the global random state back as they were."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _grad_of(site: Site, parameter: nn.Parameter) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from prunus.core import Masks, Signals, Site, Sparsifier, State, Update, Weights
-from prunus.errors import ShapeError, TargetError
+from prunus.errors import ShapeError, SiteError, TargetError
 from prunus.select import check_weights
 
 
@@ -14,7 +14,8 @@ def fixed(masks: Masks | None = None) -> Sparsifier:
     """Keep given masks, or by default the zeros that the weights have now, through any training.
 
     masks: site name -> bool tensor of the site's shape, True = kept; a site without one stays
-    dense. Raises ShapeError for a mask that does not fit, TargetError if there is no zero to keep.
+    dense. Raises ShapeError for a mask that does not fit, SiteError for one without a site,
+    TargetError if there is no zero to keep.
     """
 
     def init(sites: Sequence[Site], weights: Weights, seed: int) -> State:
@@ -22,6 +23,12 @@ def fixed(masks: Masks | None = None) -> Sparsifier:
         return State(seed=seed)
 
     def update(state: State, sites: Sequence[Site], weights: Weights, signals: Signals) -> Update:
+        unknown = set(masks or ()) - {site.name for site in sites}
+        if unknown:
+            raise SiteError(
+                f"masks for {', '.join(sorted(unknown))}, but the sites are "
+                f"{', '.join(site.name for site in sites)}"
+            )
         found = {
             site.name: weights[site.name] != 0 if masks is None else masks[site.name].bool()
             for site in sites
@@ -35,7 +42,8 @@ def fixed(masks: Masks | None = None) -> Sparsifier:
                 )
         kept = {name: mask.clone() for name, mask in found.items() if not bool(mask.all())}
         if not kept:
-            raise TargetError("there is nothing to keep: none of the sites has a zero weight")
+            where = "none of the sites has a zero weight" if masks is None else "the masks are full"
+            raise TargetError(f"there is nothing to keep: {where}")
         shares = {name: 1.0 - int(mask.sum()) / mask.numel() for name, mask in kept.items()}
         return Update(replace(state, round=state.round + 1, masks=kept, sparsity=shares))
 

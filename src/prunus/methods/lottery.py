@@ -71,9 +71,11 @@ def lottery_ticket(
             if not start:
                 raise ValueRangeError(f"training ended before step {rewind_step} (rewind_step)")
         else:
-            held = attach(fixed(state.masks), model, optimizer, include=include, exclude=exclude)
+            keep = fixed(state.masks) if state.masks else None  # a sparsity of 0 keeps nothing
+            held = keep and attach(keep, model, optimizer, include=include, exclude=exclude)
             result = train(model, optimizer, rewind_step)
-            held.detach()
+            if held:
+                held.detach()
         tickets.append(Ticket(done, _sparsity(found, state.masks), state.masks, result))
         if on_round is not None:
             on_round(tickets[-1])

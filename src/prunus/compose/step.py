@@ -1,167 +1,22 @@
-"""Put slots together into a method; the one table of what may not be combined."""
+"""One update of a composed method, as a pure function of state, weights and signals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from prunus import select
-from prunus.allocations import uniform
-from prunus.core import (
-    Allocation,
-    Context,
-    Growth,
-    Schedule,
-    Score,
-    Signals,
-    Site,
-    Solver,
-    Sparsifier,
-    State,
-    Structure,
-    Update,
-    Weights,
-)
+from prunus.compose.slots import Slots
+from prunus.core import Context, Growth, Score, Signals, Site, State, Structure, Update, Weights
 from prunus.errors import CompositionError, ShapeError, TargetError
-from prunus.schedules import one_shot
-from prunus.sites import with_unit
-from prunus.solvers import top_k
-from prunus.structures import element
+from prunus.sites import turned, turned_shape, with_unit
 
 
-@dataclass(frozen=True)
-class Slots:
-    """The parts of a composed method. `initial` scores the first mask, `score` all later ones."""
-
-    score: Score
-    structure: Structure
-    allocation: Allocation
-    schedule: Schedule
-    grow: Growth | None
-    solve: Solver
-    initial: Score | None
-    rounds: int
-
-
-REFUSALS: tuple[tuple[Callable[[Slots], bool], str], ...] = (
-    (
-        lambda s: (
-            s.structure.pinned is not None and abs(s.schedule.final - s.structure.pinned) > 1e-9
-        ),
-        "{structure} pins its own sparsity of {pinned:g}, but the schedule ends at {final:g}; "
-        "leave the schedule out, or ask for {pinned:g}",
-    ),
-    (
-        lambda s: s.structure.pinned is not None and s.schedule.gradual,
-        "{structure} has one sparsity only and cannot follow {schedule}; use one_shot, or a "
-        "structure without a fixed count",
-    ),
-    (
-        lambda s: s.structure.pinned is not None and s.allocation.name != "uniform",
-        "{structure} gives every site the same sparsity, so {allocation} has nothing to share; "
-        "use uniform, and exclude sites that should stay dense",
-    ),
-    (
-        lambda s: s.structure.pinned is not None and s.grow is not None,
-        "{structure} fixes the count of every group, and growth {grow} moves units across a whole "
-        "site; use element, block or channel",
-    ),
-    (
-        lambda s: s.grow is not None and s.allocation.compares,
-        "growth keeps the count of every site, but {allocation} changes it with the scores; "
-        "use uniform, er or erk",
-    ),
-    (
-        lambda s: s.grow is not None and s.solve.name != "top_k",
-        "growth chooses units itself and cannot use solver {solve}; use top_k",
-    ),
-    (
-        lambda s: s.grow is not None and s.rounds > 1,
-        "several rounds in one step only remove; growth needs rounds=1",
-    ),
-    (
-        lambda s: s.rounds < 1,
-        "an update has at least one round, got {rounds}",
-    ),
-)
-"""(predicate, reason with the remedy): the only place that says what may not be combined."""
-
-
-def compose(
-    score: Score,
-    *,
-    structure: Structure | None = None,
-    allocation: Allocation | None = None,
-    schedule: Schedule | None = None,
-    grow: Growth | None = None,
-    solve: Solver | None = None,
-    initial: Score | None = None,
-    rounds: int = 1,
-    name: str = "",
-) -> Sparsifier:
-    """Build a method from slots. Defaults: element, uniform, top_k, no growth.
-
-    schedule: may be left out if the structure pins a sparsity (then: one_shot at step 0).
-    initial: score of the first mask, if another one than `score`. rounds: an update approaches its
-    target in so many equal factors, with fresh signals for each (SynFlow: 100).
-    Without growth what is off stays off. Raises CompositionError for parts that do not go together.
-    """
-    structure = structure or element()
-    if schedule is None:
-        if getattr(structure, "pinned", None) is None:
-            raise CompositionError(
-                "no schedule and no structure that pins a sparsity: "
-                "pass schedule=schedules.one_shot(0.9), or another one"
-            )
-        schedule = one_shot(structure.pinned or 0.0)
-    slots = Slots(
-        score, structure, allocation or uniform(), schedule, grow, solve or top_k(), initial, rounds
-    )
-    _check(slots)
-    parts = [score.name, structure.name, slots.allocation.name, schedule.name]
-    return Sparsifier(
-        name=name or f"compose({', '.join(parts + ([grow.name] if grow else []))})",
-        needs=lambda state: _needs(slots, state),
-        init=lambda sites, weights, seed: _init(slots, sites, weights, seed),
-        update=lambda state, sites, weights, signals: _update(
-            slots, state, sites, weights, signals
-        ),
-        target=schedule.final,
-        last=schedule.last,
-    )
-
-
-def _check(slots: Slots) -> None:
-    kinds: dict[str, type] = {
-        "score": Score,
-        "structure": Structure,
-        "allocation": Allocation,
-        "schedule": Schedule,
-        "grow": Growth,
-        "solve": Solver,
-        "initial": Score,
-    }
-    for slot, kind in kinds.items():
-        value = getattr(slots, slot)
-        if not isinstance(value, kind) and not (value is None and slot in ("grow", "initial")):
-            remedy = f"call it: {slot}={getattr(value, '__name__', '...')}(...)"
-            if slot == "score" and callable(value):
-                remedy = "write: Score('mine', lambda w, at: w.abs())"
-            raise CompositionError(f"{slot} is a {kind.__name__}, got {value!r}; {remedy}")
-    words: dict[str, Any] = {
-        slot: getattr(value, "name", value) for slot, value in vars(slots).items()
-    }
-    words |= {"pinned": slots.structure.pinned or 0.0, "final": slots.schedule.final}
-    for refused, reason in REFUSALS:
-        if refused(slots):
-            raise CompositionError(reason.format(**words))
-
-
-def _needs(slots: Slots, state: State) -> frozenset[str] | None:
+def needs(slots: Slots, state: State) -> frozenset[str] | None:
+    """Return the signals that are wanted now, None when nothing is due."""
     if state.round >= slots.rounds or slots.schedule.at(state.step) is None:
         return None
     if slots.initial is not None and not state.masks:
@@ -169,7 +24,8 @@ def _needs(slots: Slots, state: State) -> frozenset[str] | None:
     return slots.score.needs | slots.solve.needs | (slots.grow.needs if slots.grow else frozenset())
 
 
-def _init(slots: Slots, sites: Sequence[Site], weights: Weights, seed: int) -> State:
+def init(slots: Slots, sites: Sequence[Site], weights: Weights, seed: int) -> State:
+    """Check shapes and weights; return the state of a dense network."""
     _layouts(slots.structure, sites)
     select.check_weights(sites, weights)
     return State(seed=seed)
@@ -179,7 +35,7 @@ def _layouts(structure: Structure, sites: Sequence[Site]) -> dict[str, tuple[int
     layouts = {}
     for site in sites:
         try:
-            layouts[site.name] = structure.layout(site.shape)
+            layouts[site.name] = structure.layout(turned_shape(site))
         except ShapeError as error:
             raise ShapeError(f"site {site.name!r}: {structure.name}: {error}") from None
     return layouts
@@ -213,15 +69,23 @@ class UnitScores(Mapping[str, Tensor]):
 
 def units_on(structure: Structure, mask: Tensor) -> Tensor:
     """Return bool [rows, units]: which units have a weight that is kept."""
-    return structure.reduce(mask if structure.name == "element" else mask.bfloat16()) > 0
+    if structure.name == "element":
+        return structure.reduce(mask)
+    return structure.reduce(mask.bfloat16()) > 0
 
 
-def _update(
+def update(
     slots: Slots, state: State, sites: Sequence[Site], weights: Weights, signals: Signals
 ) -> Update:
+    """Choose masks for the sparsity that is due, site by site."""
     target = slots.schedule.at(state.step)
     if target is None:
         return Update(state)
+    if slots.grow is None and slots.schedule.gradual and state.step != slots.schedule.last:
+        total = sum(site.size for site in sites)
+        if target < 1.0 - sum(_kept(site, state) for site in sites) / max(1, total):
+            # A ramp that starts below what another method removed waits until it gets there.
+            return Update(replace(state, round=slots.rounds))
     layouts = _layouts(slots.structure, sites)
     sites = [with_unit(site, layouts[site.name][2]) for site in sites]
     first = slots.initial is not None and not state.masks
@@ -249,7 +113,9 @@ def _update(
         if slots.grow is not None and not first:
             mask, new = _move(slots.grow, slots.structure, w, scores[site.name], k, at, state.step)
         else:
+            w = turned(site, w)
             mask, new = slots.solve.solve(w, scores[site.name], k, slots.structure, at)
+            mask, new = turned(site, mask), None if new is None else turned(site, new)
         if k < layouts[site.name][1]:
             masks[site.name] = mask
         if new is not None:
@@ -269,9 +135,10 @@ def _unit_scores(score: Score, slots: Slots, w: Tensor, at: Context, moving: boo
             f"score {score.name} returned {tuple(getattr(values, 'shape', ()))} for "
             f"{at.site.name!r}; a score is a float tensor shaped like the weight, {at.site.shape}"
         )
-    units = slots.structure.reduce(select.check_scores(values, at.site.name))
+    values = turned(at.site, select.check_scores(values, at.site.name))
+    units = slots.structure.reduce(values)
     if moving and at.mask is not None:
-        units = _off_last(units, ~units_on(slots.structure, at.mask))
+        units = _off_last(units, ~units_on(slots.structure, turned(at.site, at.mask)))
     return units
 
 
@@ -334,20 +201,20 @@ def _move(
     step: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Drop the lowest kept units, grow as many among those that were off before; keep k in all."""
-    shape = tuple(w.shape)
+    shape = turned_shape(at.site)
     mask = torch.ones_like(w, dtype=torch.bool) if at.mask is None else at.mask
-    on = units_on(structure, mask)
+    on = units_on(structure, turned(at.site, mask))
     kept, free = int(on.sum(1).min()), int((~on).sum(1).min())  # of each row
-    keep = min(k - min(int(grow.turnover(step) * k), free, k), kept)
+    keep = min(k - min(int(grow.turnover(step) * k + 1e-6), free, k), kept)
     keep = max(keep, k - free)
     stay = select.keep_top(_off_last(scores, ~on), keep)
-    ranking = structure.reduce(select.check_scores(grow.value(w, at), at.site.name))
+    values = select.check_scores(grow.value(w, at), at.site.name)
+    ranking = structure.reduce(turned(at.site, values))
     added = select.keep_top(_off_last(ranking, on), k - keep)
-    grown = structure.expand(added, shape)
     new = None
     if grow.fill is not None:
-        new = torch.where(grown, grow.fill(w, at), w)
-    return structure.expand(stay | added, shape), new
+        new = torch.where(turned(at.site, structure.expand(added, shape)), grow.fill(w, at), w)
+    return turned(at.site, structure.expand(stay | added, shape)), new
 
 
 def _check_reached(

@@ -1,0 +1,100 @@
+"""The parts of a composed method, and the one table of what may not be combined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prunus.core import Allocation, Growth, Schedule, Score, Solver, Structure
+from prunus.errors import CompositionError
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The parts of a composed method. `initial` scores the first mask, `score` all later ones."""
+
+    score: Score
+    structure: Structure
+    allocation: Allocation
+    schedule: Schedule
+    grow: Growth | None
+    solve: Solver
+    initial: Score | None
+    rounds: int
+
+
+REFUSALS: tuple[tuple[Callable[[Slots], bool], str], ...] = (
+    (
+        lambda s: (
+            s.structure.pinned is not None and abs(s.schedule.final - s.structure.pinned) > 1e-9
+        ),
+        "{structure} pins its own sparsity of {pinned:g}, but the schedule ends at {final:g}; "
+        "leave the schedule out, or ask for {pinned:g}",
+    ),
+    (
+        lambda s: s.structure.pinned is not None and s.schedule.gradual,
+        "{structure} has one sparsity only and cannot follow {schedule}; use one_shot, or a "
+        "structure without a fixed count",
+    ),
+    (
+        lambda s: s.structure.pinned is not None and s.allocation.name != "uniform",
+        "{structure} gives every site the same sparsity, so {allocation} has nothing to share; "
+        "use uniform, and exclude sites that should stay dense",
+    ),
+    (
+        lambda s: s.structure.pinned is not None and s.grow is not None,
+        "{structure} fixes the count of every group, and growth {grow} moves units across a whole "
+        "site; use element, block or channel",
+    ),
+    (
+        lambda s: s.grow is not None and s.allocation.compares,
+        "growth keeps the count of every site, but {allocation} changes it with the scores; "
+        "use uniform, er or erk",
+    ),
+    (
+        lambda s: s.grow is not None and s.solve.name != "top_k",
+        "growth chooses units itself and cannot use solver {solve}; use top_k",
+    ),
+    (
+        lambda s: s.grow is not None and s.rounds > 1,
+        "several rounds in one step only remove; growth needs rounds=1",
+    ),
+    (
+        lambda s: s.initial is not None and s.rounds > 1,
+        "initial scores the first mask in one go, and {rounds} rounds would use it for one of "
+        "them only; leave initial out, or take rounds=1",
+    ),
+    (
+        lambda s: s.rounds < 1,
+        "an update has at least one round, got {rounds}",
+    ),
+)
+"""(predicate, reason with the remedy): the only place that says what may not be combined."""
+
+
+def check(slots: Slots) -> None:
+    """Raise CompositionError for a part of the wrong kind or parts that do not go together."""
+    kinds: dict[str, type] = {
+        "score": Score,
+        "structure": Structure,
+        "allocation": Allocation,
+        "schedule": Schedule,
+        "grow": Growth,
+        "solve": Solver,
+        "initial": Score,
+    }
+    for slot, kind in kinds.items():
+        value = getattr(slots, slot)
+        if not isinstance(value, kind) and not (value is None and slot in ("grow", "initial")):
+            remedy = f"call it: {slot}={getattr(value, '__name__', '...')}(...)"
+            if slot == "score" and callable(value):
+                remedy = "write: Score('mine', lambda w, at: w.abs())"
+            raise CompositionError(f"{slot} is a {kind.__name__}, got {value!r}; {remedy}")
+    words: dict[str, Any] = {
+        slot: getattr(value, "name", value) for slot, value in vars(slots).items()
+    }
+    words |= {"pinned": slots.structure.pinned or 0.0, "final": slots.schedule.final}
+    for refused, reason in REFUSALS:
+        if refused(slots):
+            raise CompositionError(reason.format(**words))
