@@ -124,9 +124,7 @@ def evidence(
     networks = {"dense": unwrap(model), "sparse": unwrap(fast)}
     files = {side: _file(network, side, file) for side, network in networks.items()}
     accuracies, examples = _accuracies(networks, data, max(batch_sizes))
-    times = latencies(
-        model, fast, examples, batch_sizes, threads=threads, repetitions=repetitions
-    )
+    times = latencies(model, fast, examples, batch_sizes, threads=threads, repetitions=repetitions)
     sides = {
         side: _side(
             network,
@@ -233,9 +231,10 @@ def _pairs(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for number, batch in enumerate([data] if whole and len(data) else data):
         pair = list(batch) if isinstance(batch, (tuple, list)) else []
         if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-            held = ", ".join(type(part).__name__ for part in pair)
+            kinds = [type(part).__name__ for part in pair]
+            held = f" of {', '.join(kinds)}" if kinds else ""
             raise ShapeError(
-                f"evidence: batch {number} is a {type(batch).__name__}{f' of {held}' * bool(held)}; "
+                f"evidence: batch {number} is a {type(batch).__name__}{held}; "
                 f"expected (inputs, targets), both tensors. For a network with several or named "
                 f"inputs, pass a module that takes one tensor and unpacks it"
             )

@@ -25,6 +25,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": lambda p, **kw: torch.optim.SGD(p, momentum=0.9, nesterov=True, **kw),
 }
+BATCH = 64
+"""Examples with which layers are timed against each other."""
 _MEASURING, _FRONTIER = 1.0, 0.5  # rough costs in trainings, for the progress bar
 
 
@@ -151,7 +153,7 @@ def _run(
         runtime.save(sparse, file)
         loaded = runtime.load(file, experiment.model(seed))
         with metrics.threads(1):
-            fast = runtime.compile(loaded, _repeat(data.test_inputs, 64))
+            fast = runtime.compile(loaded, _repeat(data.test_inputs, BATCH))
         frontier = Frontier((*points, *_point(model, test))) if points else None
         row = evidence(model, fast, test, frontier=frontier, file=file)
     curve[attached.sparsity] = row.sparse.accuracy.value

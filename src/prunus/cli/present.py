@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.cli.experiment import Outcome, Run
+from prunus.cli.experiment import BATCH, Outcome, Run
 from prunus.evidence import Side
 from prunus.report import (
     Figure,
@@ -44,35 +44,44 @@ def table(outcome: Outcome) -> Table:
     row("parameters", lambda s: s.parameters, count)
     row("non-zeros", lambda s: s.nonzeros, count)
     row("bytes on disk", lambda s: s.bytes, byte_size)
-    row("peak memory", lambda s: s.memory.bytes, byte_size)
-    row("FLOPs of an example", lambda s: s.flops, count)
     batch_sizes = list(runs[0].evidence.speedup)
-    for n in batch_sizes:
-        rows.append(_latency_row(runs, n))
-    for n in batch_sizes:
-        gains = [run.evidence.speedup[n] for run in runs]
-        value = statistics.median(g.median for g in gains)
-        low, high = min(g.low for g in gains), max(g.high for g in gains)
-        rows.append(
-            (f"speed-up, batch {n}", ratio(1.0), spread(ratio(value), ratio(low), ratio(high)))
-        )
-    row("accuracy density, % per million", lambda s: s.accuracy_density, lambda v: f"{v:,.1f}")
+    row(f"peak memory, batch {max(batch_sizes)}", lambda s: s.memory.bytes, byte_size)
+    row("FLOPs per example", lambda s: s.flops, count)
+    rows += [_latency_row(runs, n) for n in batch_sizes]
+    rows += [_speedup_row(runs, n) for n in batch_sizes]
+    row("accuracy density, %/M", lambda s: s.accuracy_density, lambda v: f"{v:,.1f}")
     row(
-        "correct per logit and parameter",
+        "correct / (logits × P)",
         lambda s: s.correct_per_logit_and_parameter,
         lambda v: f"{v:.2e}",
     )
     if outcome.frontier:
         row("parameter efficiency", lambda s: s.efficiency, ratio)
-        row("… with the index counted", lambda s: s.efficiency_with_index, ratio)
-    seeds = f"; {len(runs)} seeds, median (lowest–highest)" if len(runs) > 1 else ""
-    threads = runs[0].evidence.threads
+        row("… with the index", lambda s: s.efficiency_with_index, ratio)
     return Table(
-        f"{name}: {outcome.method}",
-        ("", "dense", "sparse"),
-        rows,
-        note=f"Latency: median (10th–90th percentile), {threads} thread, interleaved{seeds}.",
+        f"{name}: {outcome.method}", ("", "dense", "sparse"), rows, note=" ".join(_notes(outcome))
     )
+
+
+def _notes(outcome: Outcome) -> list[str]:
+    """Say how the figures of the table came about."""
+    runs = outcome.runs
+    threads = runs[0].evidence.threads
+    notes = [
+        f"Latency: median (10th–90th percentile), {threads} thread{'s' * (threads != 1)}, in turns."
+    ]
+    if len(runs) > 1:
+        notes.append(f"{len(runs)} seeds: median (lowest–highest).")
+    notes.append("P: non-zero parameters, M: millions of them.")
+    if outcome.frontier:
+        notes.append(
+            "Parameter efficiency: size of a dense network of the same accuracy / P; "
+            "— where no such network was measured."
+        )
+    for side in ("dense", "sparse"):
+        reason = getattr(runs[0].evidence, side).memory.reason
+        notes += [f"Peak memory, {side}: {reason}."] if reason else []
+    return notes
 
 
 def _range(values: Sequence[float | None], show: Callable[[Any], str]) -> str:
@@ -90,6 +99,42 @@ def _latency_row(runs: Sequence[Run], n: int) -> tuple[str, str, str]:
         low, high = min(t.p10 for t in times), max(t.p90 for t in times)
         cells.append(spread(duration(middle), duration(low), duration(high)))
     return (f"latency, batch {n}", cells[0], cells[1])
+
+
+def _speedup_row(runs: Sequence[Run], n: int) -> tuple[str, str, str]:
+    gains = [run.evidence.speedup[n] for run in runs]
+    middle = statistics.median(g.median for g in gains)
+    low, high = min(g.low for g in gains), max(g.high for g in gains)
+    return (f"speed-up, batch {n}", "1×", spread(ratio(middle), ratio(low), ratio(high)))
+
+
+def plan_table(outcome: Outcome, *, short: bool = False) -> Table:
+    """Which layers run sparse and why; short: for a terminal of 80 columns."""
+    plan = outcome.runs[0].evidence.plan or {"rows": [], "reason": "no plan was made", "layout": ""}
+    full = ("layer", "shape", "sparsity", "runs as", "sparse", "dense", "speed-up", "why")
+    rows = [_plan_row(row) for row in plan["rows"]]
+    shown = [0, 2, 3, 4, 5, 6] if short else range(len(full))
+    layout = f", convolutions in {plan['layout']}" if plan["layout"] else ""
+    return Table(
+        f"{outcome.experiment.name}: what runs where",
+        [full[i] for i in shown],
+        [[row[i] for i in shown] for row in rows],
+        f"Measured at batch {BATCH} on one thread. Whole model: {plan['reason']}{layout}.",
+    )
+
+
+def _plan_row(row: dict[str, Any]) -> tuple[str, ...]:
+    sparse, dense = row["sparse_seconds"], row["dense_seconds"]
+    return (
+        row["name"],
+        " × ".join(str(n) for n in row["shape"]),
+        percent(row["sparsity"]),
+        row["choice"],
+        duration(sparse),
+        duration(dense),
+        ratio(dense / sparse if sparse and dense else None),
+        row["reason"],
+    )
 
 
 def plain(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -115,16 +160,15 @@ def plain(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write JSON whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(part, "x", encoding="utf-8") as file:
             json.dump(values, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def page(path: Path, title: str, outcomes: Sequence[Outcome], command: str) -> None:
@@ -135,9 +179,9 @@ def page(path: Path, title: str, outcomes: Sequence[Outcome], command: str) -> N
         Report(
             title,
             summary=[_sentence(outcome) for outcome in outcomes],
-            highlights=_highlights(outcomes[0]),
+            highlights=_highlights(outcomes[0], alone=len(outcomes) == 1),
             tables=[table(outcome) for outcome in outcomes]
-            + [_plan_table(outcome) for outcome in outcomes],
+            + [plan_table(outcome) for outcome in outcomes],
             figures=[figure for outcome in outcomes for figure in _figures(outcome)],
             environment=first.environment,
             command=command,
@@ -157,37 +201,21 @@ def _sentence(outcome: Outcome) -> str:
     )
 
 
-def _highlights(outcome: Outcome) -> list[Highlight]:
+def _highlights(outcome: Outcome, alone: bool) -> list[Highlight]:
     row = outcome.runs[0].evidence
     largest = max(row.speedup)
+    name = "" if alone else f"{outcome.experiment.name}: "
     return [
-        Highlight(percent(row.sparse.accuracy.value), f"accuracy, dense {_accuracy(row.dense)}"),
-        Highlight(percent(row.sparse.bytes / row.dense.bytes), "of the dense file"),
-        Highlight(ratio(row.speedup[largest].median), f"as fast at batch {largest}"),
+        Highlight(
+            percent(row.sparse.accuracy.value), f"{name}accuracy, dense {_accuracy(row.dense)}"
+        ),
+        Highlight(percent(row.sparse.bytes / row.dense.bytes), f"{name}of the dense file"),
+        Highlight(ratio(row.speedup[largest].median), f"{name}as fast at batch {largest}"),
     ]
 
 
 def _accuracy(side: Side) -> str:
     return percent(side.accuracy.value)
-
-
-def _plan_table(outcome: Outcome) -> Table:
-    plan = outcome.runs[0].evidence.plan or {"rows": [], "reason": "", "isa": ""}
-    rows = [
-        (
-            row["name"],
-            " × ".join(str(n) for n in row["shape"]),
-            percent(row["sparsity"]),
-            row["choice"],
-            duration(row["sparse_seconds"]),
-            duration(row["dense_seconds"]),
-            row["reason"],
-        )
-        for row in plan["rows"]
-    ]
-    columns = ("layer", "shape", "sparsity", "runs as", "sparse", "dense", "why")
-    note = f"Measured at batch 64 on one thread. Whole model: {plan['reason']}."
-    return Table(f"{outcome.experiment.name}: what runs where", columns, rows, note)
 
 
 def _figures(outcome: Outcome) -> list[Figure]:

@@ -55,7 +55,7 @@ def _method(job: Experiment, model: nn.Module, steps: int) -> None:
             raise Misfit(
                 place,
                 f"{method} acts last at optimizer step {method.last}, but the training has "
-                f"{steps} steps ({job.training.epochs} epochs); train longer, or let it end earlier",
+                f"{steps} ({job.training.epochs} epochs); train longer, or let it end earlier",
             )
 
 

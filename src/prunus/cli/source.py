@@ -94,8 +94,8 @@ class Source:
             if key in result:
                 raise RecipeError(
                     f"{self.path}:{line}: {key!r} is given a second time; "
-                    f"the first is in line {self.lines[*place, key]}"
+                    f"the first is in line {self.lines[(*place, key)]}"
                 )
-            self.lines[*place, key] = line
+            self.lines[(*place, key)] = line
             result[key] = self._plain(loader, value_node, (*place, key))
         return result

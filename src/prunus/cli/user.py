@@ -20,7 +20,7 @@ import prunus
 from prunus.bench import Dataset
 from prunus.errors import RecipeError
 
-_PARTS = ("train_inputs", "train_targets", "test_inputs", "test_targets")
+_PARTS: tuple[str, ...] = ("train_inputs", "train_targets", "test_inputs", "test_targets")
 
 
 def importable(reference: str, folder: Path | None = None) -> Callable[..., Any]:

@@ -1,0 +1,76 @@
+"""Synaptic flow: how much of the signal passes through each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from prunus.drive.signals.sources import Sources, as_call
+from prunus.errors import SignalError
+from prunus.sites import evaluating
+
+
+def flow(sources: Sources) -> dict[str, Tensor]:
+    """Derivative of R = sum of outputs for an all-ones input, all weights |w|, biases 0, in eval.
+
+    Norm layers keep their scale and running variance but shift nothing. float64: the product of
+    many layers leaves the range of float32.
+    """
+    if sources.inputs is None:
+        raise SignalError(
+            "synaptic flow runs the network on ones of the input's shape: pass inputs=, one "
+            "example batch (its values are not used)"
+        )
+    model, state = sources.model, {}
+    where = {id(parameter): name for name, parameter in sources.parameters.items()}
+    leaves: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        value = parameter.detach().double().abs()
+        if parameter.ndim < 2 and "bias" in name.rpartition(".")[2]:
+            value = torch.zeros_like(value)
+        site = where.get(id(parameter))
+        if site is not None:
+            if site not in leaves:
+                mask = sources.masks.get(site)
+                leaves[site] = (value if mask is None else value * mask).requires_grad_()
+            value = leaves[site]
+        state[name] = value
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            state[name] = torch.zeros_like(buffer, dtype=torch.float64)
+            if not name.endswith("running_mean"):
+                state[name] = buffer.detach().double().abs()
+    with evaluating(model), torch.enable_grad():
+        inputs = _ones(sources.inputs)
+        args, kwargs = as_call(inputs)
+        total = _total(functional_call(model, state, args, kwargs, tie_weights=False))
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
+
+
+def _ones(inputs: Any) -> Any:
+    """Replace float tensors by one example of ones; integer tensors stay as they are."""
+    if isinstance(inputs, Tensor):
+        if not inputs.is_floating_point():
+            return inputs[:1]
+        return torch.ones_like(inputs[:1], dtype=torch.float64)
+    if isinstance(inputs, Mapping):
+        return {key: _ones(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_ones(value) for value in inputs)
+    return inputs
+
+
+def _total(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs.sum()
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    totals = [_total(v) for v in values if isinstance(v, (Tensor, Mapping, tuple, list))]
+    return torch.stack(totals).sum()

@@ -1,0 +1,56 @@
+"""What signals can be computed from, and how to leave a model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.core import Masks, Site
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> scalar loss."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What signals can be computed from.
+
+    model: unwrapped; parameters: of the sites; masks: now; inputs: one example batch (tensor, tuple
+    or dict); batches and loss: for gradients outside of a training loop; training: whether the
+    gradients that a training step left in `.grad` may be read.
+    """
+
+    model: nn.Module
+    sites: Sequence[Site]
+    parameters: Mapping[str, nn.Parameter]
+    masks: Masks
+    inputs: Any = None
+    batches: Iterable[Any] | None = None
+    loss: Loss | None = None
+    training: bool = False
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Give buffers (running statistics) and the global random state back as they were."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read example inputs as the arguments of a call: a tuple or list, a dict, or one value."""
+    if isinstance(inputs, Mapping):
+        return (), {str(key): value for key, value in inputs.items()}
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
