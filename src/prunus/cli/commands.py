@@ -94,6 +94,8 @@ def _job(
 
 def _expect_writable(path: Path) -> None:
     """Raise OSError now rather than after hours of training."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise NotADirectoryError(0, "is a file; name a folder", str(path.parent))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(0, "is a folder; name a file", str(path))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from prunus.allocations import erk
+from prunus.allocations import erk, floor, global_
 from prunus.bench import MLP, digits, digits_cnn, mlp
 from prunus.cli.experiment import Experiment, Training
-from prunus.core import Sparsifier
+from prunus.core import Allocation, Sparsifier
 from prunus.methods import gradual_magnitude
 
 SPARSITY = 0.95
 WIDTHS = (2, 4, 8, 16, 32, 64)
 
 
-def _method(sparsity: float | None, steps: int) -> Sparsifier:
-    # Few, larger steps: an update costs about as much as a step of training.
-    every = max(1, steps // 24)
-    asked = SPARSITY if sparsity is None else sparsity
-    return gradual_magnitude(asked, steps, every=every, allocation=erk())
+def _gradual(allocation: Allocation) -> Callable[[float | None, int], Sparsifier]:
+    """Gradual magnitude pruning; few updates, since one costs about as much as a training step."""
+    return lambda sparsity, steps: gradual_magnitude(
+        SPARSITY if sparsity is None else sparsity,
+        steps,
+        every=max(1, steps // 24),
+        allocation=allocation,
+    )
 
 
 def experiments(seeds: int, folder: Path) -> list[Experiment]:
@@ -29,7 +33,7 @@ def experiments(seeds: int, folder: Path) -> list[Experiment]:
             name="mlp",
             model=lambda seed: mlp(seed=seed),
             data=digits,
-            method=_method,
+            method=_gradual(floor(global_())),
             training=Training(10, 64, "sgd", lr=0.1, weight_decay=5e-4),
             folder=folder,
             seeds=range(seeds),
@@ -40,7 +44,7 @@ def experiments(seeds: int, folder: Path) -> list[Experiment]:
             name="cnn",
             model=lambda seed: digits_cnn(seed=seed),
             data=digits,
-            method=_method,
+            method=_gradual(erk()),
             training=Training(12, 128, "adamw", lr=2e-3, weight_decay=0.01),
             folder=folder,
             seeds=range(seeds),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from prunus import allocations, methods, structures
-from prunus.core import Sparsifier
+from prunus.core import Sparsifier, check_sparsity
 from prunus.errors import RecipeError
 
 PROCEDURES = ("Ticket", "fixed", "lottery_ticket")
@@ -50,17 +50,25 @@ def argument(method: str, key: str, value: Any) -> Any:
     types, words = _PLAIN.get(kind, ((object,), ""))
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise RecipeError(f"{key} is {value!r}; allowed: {words}")
+    if key == "sparsity":
+        check_sparsity(cast("float", value))
     return value
 
 
+def expect_complete(method: str, arguments: Mapping[str, Any]) -> None:
+    """Raise RecipeError if a method needs an argument that is not there; `steps` is filled in."""
+    known = inspect.signature(find_method(method)).parameters
+    for key, p in known.items():
+        if p.default is p.empty and key not in (*arguments, "steps"):
+            raise RecipeError(f"{method} needs {key!r}; allowed: {', '.join(known)}")
+
+
 def build_method(name: str, arguments: Mapping[str, Any], steps: int) -> Sparsifier:
-    """Call a method with arguments that were read; `steps` is filled in. Raises RecipeError."""
-    known = inspect.signature(find_method(name)).parameters
-    values = {"steps": steps, **arguments} if "steps" in known else dict(arguments)
-    missing = [k for k, p in known.items() if p.default is p.empty and k not in values]
-    if missing:
-        raise RecipeError(f"{name} needs {', '.join(missing)}; allowed: {', '.join(known)}")
-    return find_method(name)(**values)
+    """Call a method with arguments that were read, and with the training's `steps`."""
+    function = find_method(name)
+    if "steps" in inspect.signature(function).parameters:
+        arguments = {"steps": steps, **arguments}
+    return function(**arguments)
 
 
 def _slot(kind: str, package: Any, value: Any) -> Any:
@@ -84,7 +92,8 @@ def _slot(kind: str, package: Any, value: Any) -> Any:
             bound.arguments["base"] = _slot(kind, package, bound.arguments["base"])
         return function(*bound.args, **bound.kwargs)
     except (TypeError, AttributeError) as error:  # too few, too many, or of a wrong kind
-        raise RecipeError(f"{kind} {name}: {error}; it is {name}{signature}") from None
+        call = f"{name}({', '.join(signature.parameters)})"
+        raise RecipeError(f"{kind} {name}: {error}; it is called as {call}") from None
 
 
 def first_line(function: Callable[..., Any]) -> str:

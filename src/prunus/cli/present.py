@@ -66,7 +66,8 @@ def table(outcome: Outcome) -> Table:
 def _notes(outcome: Outcome) -> list[str]:
     """Say how the figures of the table came about."""
     runs = outcome.runs
-    threads = runs[0].evidence.threads
+    first = runs[0].evidence
+    threads = first.threads
     notes = [
         f"Latency: median (10th–90th percentile), {threads} thread{'s' * (threads != 1)}, in turns."
     ]
@@ -79,7 +80,7 @@ def _notes(outcome: Outcome) -> list[str]:
             "— where no such network was measured."
         )
     for side in ("dense", "sparse"):
-        reason = getattr(runs[0].evidence, side).memory.reason
+        reason = getattr(first, side).memory.reason
         notes += [f"Peak memory, {side}: {reason}."] if reason else []
     return notes
 

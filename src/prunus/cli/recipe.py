@@ -17,6 +17,7 @@ from prunus.cli.experiment import OPTIMIZERS, Experiment, Training
 from prunus.cli.rehearse import Misfit, rehearse
 from prunus.cli.source import Place, Source
 from prunus.core import Sparsifier
+from prunus.errors import PrunusError
 
 DATA: dict[str, Callable[[int], Dataset]] = {
     "digits": digits,
@@ -150,7 +151,7 @@ class _Reader:
         """Refuse unknown keys."""
         for key in values:
             if key not in allowed:
-                message = f"unknown key {key!r}; allowed: {', '.join(allowed)}"
+                message = f"unknown key {key!r}; allowed: {', '.join(allowed) or 'none'}"
                 raise self.source.fail((*place, key), message)
 
     def mapping(self, key: str, allowed: Collection[str]) -> dict[str, Any]:
@@ -232,7 +233,7 @@ class _Reader:
         return data
 
     def method(self) -> tuple[Callable[[float | None, int], Sparsifier], str]:
-        """Return (sparsity or None, steps) -> method, and its name; tried once here."""
+        """Return (sparsity or None, steps) -> method, and its name; rehearse() tries it."""
         value = self.values["method"]
         given = dict(value) if isinstance(value, dict) else {"name": value}
         name = given.pop("name", None)
@@ -242,15 +243,16 @@ class _Reader:
         for key, one in given.items():
             with self.source.at("method", key):
                 arguments[key] = names.argument(name, key, one)
+        with self.source.at("method"):
+            names.expect_complete(name, arguments)
 
         def build(sparsity: float | None, steps: int) -> Sparsifier:
             chosen = arguments if sparsity is None else {**arguments, "sparsity": sparsity}
             try:
                 return names.build_method(name, chosen, steps)
-            except ValueError as error:
+            except PrunusError as error:
                 named = [k for k in given if re.search(rf"\b{re.escape(k)}\b", str(error))]
                 culprit = min(named, key=str(error).index) if named else "name"
                 raise self.source.fail(("method", culprit), str(error)) from error
 
-        build(None, 10**9)  # the training's length is not known yet; rehearse() tries that one
         return build, name

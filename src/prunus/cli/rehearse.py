@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from prunus import sites
 from prunus.bench import Dataset, steps_per_epoch
 from prunus.cli.experiment import Experiment
 from prunus.cli.user import blamed
+from prunus.core import Signals
 from prunus.errors import PrunusError, RecipeError
 
 
@@ -48,7 +51,9 @@ def _method(job: Experiment, model: nn.Module, steps: int) -> None:
         place = ("method",) if sparsity is None else ("sweep",)
         try:
             method = job.method(sparsity, steps)
-            method.init(found, weights, 0)
+            last = replace(method.init(found, weights, 0), step=method.last or 0)
+            if method.needs(last) == frozenset():  # no gradient: the final mask can be tried
+                method.update(last, found, weights, Signals())
         except PrunusError as error:
             raise Misfit(place, str(error)) from error
         if method.last is not None and method.last >= steps:

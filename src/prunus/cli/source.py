@@ -33,8 +33,9 @@ class Source:
         """Read the file. Raises RecipeError with the line for anything but one mapping."""
         self.path = Path(path)
         self.lines: dict[Place, int] = {(): 1}
-        loader = _Loader(self._text())
+        text = self._text()
         try:
+            loader = _Loader(text)
             node = loader.get_single_node()
             self.values: Any = None if node is None else self._plain(loader, node, ())
         except yaml.YAMLError as error:
@@ -43,8 +44,6 @@ class Source:
             raise RecipeError(
                 f"{path}: nested without end; do not let an alias hold itself"
             ) from None
-        finally:
-            loader.dispose()
 
     def fail(self, place: Place, message: str) -> RecipeError:
         """Return an error that names the line of `place`, or of what is around it, once."""
