@@ -2,10 +2,15 @@
 #pragma once
 #include <stdint.h>
 
+#include "conv.h"
+
 namespace prunus {
 
-// Bits of Task::flags: what is done to each output after the bias. Room for more.
-enum : uint32_t { kRelu = 1u };
+// Task::flags, one at most: what is done to each output after bias and residual.
+enum : uint32_t { kRelu = 1u, kGelu = 2u, kGeluTanh = 4u, kSilu = 8u };
+
+// Task::flags of a sampled product: add to what is in the output.
+constexpr uint32_t kAccumulate = 1u << 16;
 
 // Row ranges given to a kernel start at multiples of this many rows.
 constexpr int64_t kRowGroup = 16;
@@ -28,9 +33,13 @@ struct Task {
   float* y;
   int64_t ldy;
   int64_t n;
-  const float* bias;  // [rows] or null
+  const float* bias;      // [rows] or null
+  const float* residual;  // laid out as y, added before the activation; or null
   uint32_t flags;
   int64_t begin_panel, begin_row, end_panel, end_row;
+  const Conv* conv;  // null but for convolutions
+  const float* g;  // of a sampled product: the other factor, ldg floats between its rows
+  int64_t ldg;
   float* workspace;  // 64-byte aligned, workspace_floats() long
 };
 
@@ -51,6 +60,20 @@ constexpr int64_t kTileRows = 64;
 // Static: an inline function would be a weak symbol in every ISA file.
 static inline int64_t workspace_floats(const Weight& w, int64_t panel) {
   return (w.cols + kTileRows + 2 * kRowGroup) * panel;
+}
+
+// Parts of the workspace of a convolution, each a multiple of 16 floats long: the panel, the output
+// tile, the runs in and out, the offset of each column within the panel.
+static inline int64_t conv_panel_floats(const Conv& c) {
+  return c.channels * conv_copies(c) * c.length + 16;
+}
+static inline int64_t conv_tile_floats(int64_t panel) { return (kTileRows + 2) * panel + 16; }
+static inline int64_t conv_runs_floats(const Conv& c, int64_t panel) {
+  const int64_t runs = conv_runs_in(c) + conv_runs_out(c, panel);
+  return (runs * int64_t{sizeof(Run) / sizeof(float)} + 15) / 16 * 16;
+}
+static inline int64_t conv_workspace_floats(const Weight& w, const Conv& c, int64_t panel) {
+  return conv_panel_floats(c) + conv_tile_floats(panel) + conv_runs_floats(c, panel) + w.cols;
 }
 
 extern const Kernels kernels_scalar;

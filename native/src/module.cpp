@@ -1,14 +1,17 @@
 // The Python module prunus._native: addresses in, nothing converted.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
 #include "blob.h"
 #include "dispatch.h"
 #include "run.h"
+#include "sddmm.h"
 
 namespace nb = nanobind;
 using namespace prunus;
@@ -24,7 +27,8 @@ namespace {
 [[noreturn]] void bad_value(const std::string& message) { fail("ValueRangeError", message); }
 
 const BlobHeader& checked_blob(uintptr_t address) {
-  if (address == 0 || address % 8 != 0) bad_value("the blob's address is null or not 8-byte aligned");
+  if (address == 0 || address % 8 != 0)
+    bad_value("the blob's address is null or not 8-byte aligned");
   const auto& header = *reinterpret_cast<const BlobHeader*>(address);
   if (!is_blob(header)) fail("FormatError", "not a kernel blob of this version; pack it again");
   return header;
@@ -36,21 +40,24 @@ void check_floats(const char* name, uintptr_t address, bool needed) {
 }
 
 Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
-                  uint32_t flags, int threads, int isa) {
+                  uintptr_t residual, uint32_t flags, int threads, int isa) {
   checked_blob(blob);
   Call call{};
   call.w = open_blob(reinterpret_cast<const void*>(blob));
   if (n < 0 || n > INT32_MAX || threads < 1)
     bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
-  if (flags & ~static_cast<uint32_t>(kRelu)) bad_value("unknown flags; known: 1 (ReLU)");
+  if (flags > kSilu || (flags & (flags - 1)) != 0)
+    bad_value("unknown flags; known: one of 1 (ReLU), 2 (GELU), 4 (GELU by tanh), 8 (SiLU)");
   if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
   check_floats("x", x, n > 0 && call.w.cols > 0);
   check_floats("y", y, n > 0 && call.w.rows > 0);
   check_floats("the bias", bias, false);
+  check_floats("the residual", residual, false);
   call.x = reinterpret_cast<const float*>(x);
   call.y = reinterpret_cast<float*>(y);
   call.n = n;
   call.bias = reinterpret_cast<const float*>(bias);
+  call.residual = reinterpret_cast<const float*>(residual);
   call.flags = flags;
   call.threads = threads;
   call.kernels = &kernels_at(isa < 0 ? active_index() : isa);
@@ -67,8 +74,8 @@ void execute(const Call& call) {
 }
 
 void linear_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
-                uint32_t flags, int threads, int isa) {
-  Call call = checked_call(blob, x, y, n, bias, flags, threads, isa);
+                uint32_t flags, int threads, int isa, uintptr_t residual) {
+  Call call = checked_call(blob, x, y, n, bias, residual, flags, threads, isa);
   call.layout = Layout::tokens;
   call.ldx = call.w.cols;
   call.ldy = call.w.rows;
@@ -76,13 +83,87 @@ void linear_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t b
 }
 
 void planes_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
-                uint32_t flags, int threads, int64_t ldx, int64_t ldy, int isa) {
-  Call call = checked_call(blob, x, y, n, bias, flags, threads, isa);
+                uint32_t flags, int threads, int64_t ldx, int64_t ldy, int isa,
+                uintptr_t residual) {
+  Call call = checked_call(blob, x, y, n, bias, residual, flags, threads, isa);
   if (ldx < n || ldy < n) bad_value("the row strides ldx and ldy must be at least n");
   call.layout = Layout::planes;
   call.ldx = ldx;
   call.ldy = ldy;
   execute(call);
+}
+
+// batch, channels, groups; then for the vertical and the horizontal axis: input size, output size,
+// kernel, stride, dilation, zeros before.
+using Geometry = std::array<int64_t, 15>;
+constexpr int64_t kMostSize = int64_t{1} << 29;
+
+Conv checked_conv(const Geometry& g, const Weight& w) {
+  for (size_t i = 0; i < g.size(); ++i) {
+    const bool counted = i == 2 || (i > 4 && i < 8) || (i > 10 && i < 14);  // at least one
+    if (g[i] < (counted ? 1 : 0) || g[i] > kMostSize)
+      bad_value("number " + std::to_string(i) + " of the geometry is out of range");
+  }
+  if ((g[5] - 1) * g[7] > kMostSize || (g[11] - 1) * g[13] > kMostSize)
+    bad_value("the kernel reaches too far; kernel size times dilation must stay below 2^29");
+  Conv c{};
+  c.batch = g[0];
+  c.channels = g[1];
+  c.groups = g[2];
+  c.down = {g[3], g[4], g[5], g[6], g[7], g[8], false, 0, 0, 0, 0};
+  c.across = {g[9], g[10], g[11], g[12], g[13], g[14], false, 0, 0, 0, 0};
+  if (c.channels % c.groups != 0 || w.rows % c.groups != 0)
+    bad_value("channels and rows must be multiples of the groups");
+  if (static_cast<double>(c.channels / c.groups) * c.down.kernel * c.across.kernel != w.cols)
+    fail("ShapeError", "the blob's columns are not channels / groups * kernel height * width");
+  return c;
+}
+
+void conv_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, const Geometry& geometry, uintptr_t bias,
+              uint32_t flags, int threads, int isa, uintptr_t residual) {
+  Call call = checked_call(blob, x, y, geometry[0], bias, residual, flags, threads, isa);
+  call.layout = Layout::conv;
+  call.conv = checked_conv(geometry, call.w);
+  const int64_t pixels = conv_pixels(call.conv);
+  if (pixels == 0 || call.conv.batch == 0) return;
+  if (!plan_conv(call.conv, call.kernels->panel))
+    bad_value("the kernel reaches too far for its workspace, or there are 2^31 pixels or more");
+  call.ldx = call.conv.down.in * call.conv.across.in;
+  call.ldy = pixels;
+  call.n = call.conv.positions;
+  execute(call);
+}
+
+// out[nnz] (+)= G^T X at the non-zeros of the blob; rows of x and g lie ldx and ldg floats apart.
+void sddmm_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t n, bool tokens,
+               bool accumulate, int threads, int64_t ldx, int64_t ldg, int isa) {
+  checked_blob(blob);
+  SampledCall call{};
+  call.pattern = open_blob(reinterpret_cast<const void*>(blob));
+  if (n < 0 || n > INT32_MAX || threads < 1)
+    bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
+  if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
+  if (ldx < (tokens ? call.pattern.cols : n) || ldg < (tokens ? call.pattern.rows : n))
+    bad_value("the row strides ldx and ldg must be at least the length of a row");
+  check_floats("x", x, n > 0 && call.pattern.nnz > 0);
+  check_floats("g", g, n > 0 && call.pattern.nnz > 0);
+  check_floats("out", out, call.pattern.nnz > 0);
+  call.tokens = tokens;
+  call.x = reinterpret_cast<const float*>(x);
+  call.ldx = ldx;
+  call.g = reinterpret_cast<const float*>(g);
+  call.ldg = ldg;
+  call.n = n;
+  call.out = reinterpret_cast<float*>(out);
+  call.accumulate = accumulate;
+  call.threads = threads;
+  call.kernels = &kernels_at(isa < 0 ? active_index() : isa);
+  bool ok;
+  {
+    nb::gil_scoped_release release;
+    ok = run_sampled(call);
+  }
+  if (!ok) throw std::bad_alloc();
 }
 
 void transpose_ptr(uintptr_t from, uintptr_t to) {
@@ -127,10 +208,16 @@ NB_MODULE(_native, m) {
   m.doc() = "Sparse kernels of prunus; prunus.kernels is their Python face.";
   m.def("linear_ptr", &linear_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("y_ptr"),
         nb::arg("n"), nb::arg("bias_ptr") = 0, nb::arg("flags") = 0, nb::arg("threads") = 1,
-        nb::arg("isa") = -1);
+        nb::arg("isa") = -1, nb::arg("residual_ptr") = 0);
   m.def("planes_ptr", &planes_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("y_ptr"),
         nb::arg("n"), nb::arg("bias_ptr"), nb::arg("flags"), nb::arg("threads"), nb::arg("ldx"),
-        nb::arg("ldy"), nb::arg("isa") = -1);
+        nb::arg("ldy"), nb::arg("isa") = -1, nb::arg("residual_ptr") = 0);
+  m.def("conv_ptr", &conv_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("y_ptr"),
+        nb::arg("geometry"), nb::arg("bias_ptr") = 0, nb::arg("flags") = 0, nb::arg("threads") = 1,
+        nb::arg("isa") = -1, nb::arg("residual_ptr") = 0);
+  m.def("sddmm_ptr", &sddmm_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("g_ptr"),
+        nb::arg("out_ptr"), nb::arg("n"), nb::arg("tokens"), nb::arg("accumulate"),
+        nb::arg("threads"), nb::arg("ldx"), nb::arg("ldg"), nb::arg("isa") = -1);
   m.def("transpose_ptr", &transpose_ptr, nb::arg("from_ptr"), nb::arg("to_ptr"));
   m.def("available_isas", &available_isas);
   m.def("active_isa", [] { return kernels_at(active_index()).isa; });

@@ -13,6 +13,13 @@ constexpr int kMaxThreads = 256;
 constexpr int64_t kRowCost = 4;  // of a row without non-zeros, in non-zeros
 constexpr std::align_val_t kAlignment{64};
 
+// For convolutions. Unrolled copies cost more to fill than they save unless they are much smaller.
+constexpr double kUnrolledCost = 1.33;
+constexpr double kMostFloats = 1 << 28;       // of a panel: a gigabyte
+constexpr int64_t kCachedFloats = 80 * 1024;  // of the panels that are filled at once
+constexpr int64_t kMostPanels = 8;
+constexpr double kFarFloats = 1 << 20;  // inputs from here on are asked for ahead of time
+
 std::atomic<int64_t> least_work{1 << 20};
 
 // One per thread, kept and grown: a panel is needed for every product.
@@ -85,7 +92,10 @@ bool run_share(void* context, int index) {
   plan.position(index, &task.begin_panel, &task.begin_row);
   plan.position(index + 1, &task.end_panel, &task.end_row);
   if (plan.panel > 1) {
-    task.workspace = workspace.at_least(workspace_floats(task.w, plan.panel));
+    const Conv* conv = task.conv;
+    task.workspace = workspace.at_least(
+        conv != nullptr ? conv_workspace_floats(task.w, *conv, plan.panel / conv->panels)
+                        : workspace_floats(task.w, plan.panel));
     if (task.workspace == nullptr) return false;
   }
   plan.kernel(task);
@@ -99,6 +109,43 @@ void set_grain(int64_t multiply_adds) {
   least_work.store(std::max<int64_t>(1, multiply_adds), std::memory_order_relaxed);
 }
 
+bool plan_conv(Conv& conv, int64_t panel) {
+  conv.panels = 1;
+  const Conv bare = conv;
+  double least = 0;
+  for (const bool unroll_down : {false, true})
+    for (const bool unroll_across : {false, true}) {
+      Conv form = bare;
+      finish_axis(form.down, unroll_down);
+      finish_axis(form.across, unroll_across);
+      form.length = conv_length(form, panel);
+      const double floats = static_cast<double>(conv_copies(form)) *
+                            static_cast<double>(form.length) *
+                            (unroll_down || unroll_across ? kUnrolledCost : 1.0);
+      if (least != 0 && floats >= least) continue;
+      least = floats;
+      conv = form;
+    }
+  const double positions = static_cast<double>(conv.batch) *
+                           static_cast<double>(conv.down.extent) *
+                           static_cast<double>(conv.across.extent);
+  if (least * static_cast<double>(conv.channels) > kMostFloats || positions > INT32_MAX)
+    return false;
+  conv.positions = conv_positions(conv);
+  conv.far = static_cast<double>(conv.batch) * static_cast<double>(conv.channels) *
+                 static_cast<double>(conv.down.in) * static_cast<double>(conv.across.in) >
+             kFarFloats;
+  // Several panels at once share the input around them, as long as the second-level cache holds it.
+  for (int64_t panels = 2; panels <= kMostPanels; panels *= 2) {
+    Conv wider = conv;
+    wider.panels = panels;
+    wider.length = conv_length(wider, panel);
+    if (conv_panel_floats(wider) > kCachedFloats || panels / 2 * panel >= conv.positions) break;
+    conv = wider;
+  }
+  return true;
+}
+
 bool run(const Call& call) {
   const Weight& w = call.w;
   if (call.n == 0 || w.rows == 0) return true;
@@ -110,9 +157,14 @@ bool run(const Call& call) {
   plan.task.ldy = call.ldy;
   plan.task.n = call.n;
   plan.task.bias = call.bias;
+  plan.task.residual = call.residual;
   plan.task.flags = call.flags;
   const bool tokens = call.layout == Layout::tokens;
-  if (call.n == 1 && (tokens || call.ldx == 1)) {
+  if (call.layout == Layout::conv) {
+    plan.task.conv = &call.conv;
+    plan.kernel = call.kernels->conv_f32;
+    plan.panel = call.kernels->panel * call.conv.panels;
+  } else if (call.n == 1 && (tokens || call.ldx == 1)) {
     plan.kernel = call.kernels->spmv_f32;
     plan.panel = 1;
     if (tokens) plan.task.ldy = 1;

@@ -4,21 +4,27 @@
 
 namespace prunus {
 
-enum class Layout { tokens, planes };
+enum class Layout { tokens, planes, conv };
 
 struct Call {
   Weight w;
   Layout layout;
   const float* x;
-  int64_t ldx;  // floats between tokens (tokens) or between rows of x (planes)
+  int64_t ldx;  // floats between tokens (tokens) or between rows of x (planes, conv)
   float* y;
   int64_t ldy;
   int64_t n;
-  const float* bias;  // or null
+  const float* bias;      // or null
+  const float* residual;  // laid out as y, or null
   uint32_t flags;
   int threads;
   const Kernels* kernels;
+  Conv conv;  // finished; n is its number of positions
 };
+
+// Chooses what the panels of a convolution hold, and finishes its description. False if that is
+// too much.
+bool plan_conv(Conv& conv, int64_t panel);
 
 // Multiply-adds per thread below which fewer threads are used: waking one can cost 50 microseconds.
 int64_t grain();

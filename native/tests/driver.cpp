@@ -127,6 +127,82 @@ bool run_case(const Case& c) {
   return run(call) && check(c, dense, x.get(), call.bias, y.get(), ldx, ldy);
 }
 
+// One axis that the kernel fits into.
+Axis random_axis() {
+  Axis a{};
+  for (;;) {
+    a.in = 1 + rng() % 30;
+    a.kernel = 1 + rng() % 5;
+    a.stride = 1 + rng() % 3;
+    a.dilation = 1 + rng() % 4;
+    a.before = rng() % 5;
+    const int64_t rest = a.in + a.before + rng() % 5 - a.dilation * (a.kernel - 1) - 1;
+    a.out = rest / a.stride + 1;
+    if (rest >= 0) return a;
+  }
+}
+
+double conv_exact(const Conv& c, int64_t rows, const std::vector<float>& dense, const float* x,
+                  int64_t image, int64_t row, int64_t at_down, int64_t at_across) {
+  const Axis &down = c.down, &across = c.across;
+  const int64_t channels = c.channels / c.groups;
+  const float* w = &dense[row * channels * down.kernel * across.kernel];
+  double exact = 0;
+  for (int64_t channel = 0; channel < channels; ++channel)
+    for (int64_t i = 0; i < down.kernel; ++i)
+      for (int64_t j = 0; j < across.kernel; ++j, ++w) {
+        const int64_t v = at_down * down.stride + i * down.dilation - down.before;
+        const int64_t h = at_across * across.stride + j * across.dilation - across.before;
+        if (*w == 0.0f || v < 0 || v >= down.in || h < 0 || h >= across.in) continue;
+        const int64_t plane = image * c.channels + row / (rows / c.groups) * channels + channel;
+        exact += static_cast<double>(*w) * x[(plane * down.in + v) * across.in + h];
+      }
+  return exact;
+}
+
+bool conv_case(int isa) {
+  Conv c{};
+  c.batch = 1 + rng() % 4;
+  c.groups = 1 + rng() % 3;
+  c.channels = c.groups * (1 + rng() % 4);
+  c.down = random_axis();
+  c.across = random_axis();
+  const int64_t rows = c.groups * (1 + rng() % 40);
+  const int64_t cols = c.channels / c.groups * c.down.kernel * c.across.kernel;
+  std::vector<float> dense(rows * cols);
+  for (float& value : dense) value = uniform() < 0.2 ? 0.0f : static_cast<float>(uniform());
+  Blob blob = pack(dense, rows, cols, rng() % 2 == 0 ? 65536 : 18);
+  const auto x = noise(c.batch * c.channels * c.down.in * c.across.in);
+  const auto residual = noise(c.batch * rows * conv_pixels(c));
+  const auto y = noise(c.batch * rows * conv_pixels(c));
+  Call call{};
+  call.w = open_blob(blob.bytes());
+  call.layout = Layout::conv;
+  call.kernels = &kernels_at(isa);
+  if (!plan_conv(c, call.kernels->panel)) return false;
+  call.conv = c;
+  call.x = x.get();
+  call.ldx = c.down.in * c.across.in;
+  call.y = y.get();
+  call.ldy = conv_pixels(c);
+  call.n = c.positions;
+  call.residual = residual.get();
+  call.threads = static_cast<int>(1 + rng() % 3);
+  if (!run(call)) return false;
+  int64_t at = 0;
+  for (int64_t image = 0; image < c.batch; ++image)
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = 0; i < c.down.out; ++i)
+        for (int64_t j = 0; j < c.across.out; ++j, ++at) {
+          const double exact = residual[at] + conv_exact(c, rows, dense, x.get(), image, row, i, j);
+          if (std::fabs(y[at] - exact) <= 1e-5 * (1 + cols)) continue;
+          std::printf("%s conv: y[%ld] = %g, not %g\n", kernels_at(isa).isa,
+                      static_cast<long>(at), y[at], exact);
+          return false;
+        }
+  return true;
+}
+
 bool transpose_case(int64_t m, int64_t k, uint32_t block, uint32_t block_of_transpose) {
   std::vector<float> dense(m * k), turned(m * k);
   for (float& value : dense) value = uniform() < 0.6 ? 0.0f : static_cast<float>(uniform());
@@ -155,6 +231,8 @@ int main() {
       failed += !run_case({pick(sizes), pick(sizes), n, pick(sparsities), pick(blocks), i % 2 == 0,
                            rng() % 2 == 0, rng() % 2 == 0, static_cast<int>(1 + rng() % 3), isa});
     }
+  for (int isa = 0; isa < available_count(); ++isa)
+    for (int i = 0; i < 150; ++i, ++done) failed += !conv_case(isa);
   for (int i = 0; i < 200; ++i, ++done)
     failed += !transpose_case(pick(sizes), pick(sizes), pick(blocks), pick(blocks));
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);

@@ -1,21 +1,38 @@
 """prunus: sparse neural networks on the CPUs that people have."""
 
-from prunus import allocations, combine, growth, methods, schedules, scores, solvers, structures
+from prunus import (
+    allocations,
+    combine,
+    growth,
+    methods,
+    schedules,
+    scores,
+    solvers,
+    structures,
+    training,
+)
 from prunus.compose import compose
+from prunus.core import Context, Score, Site, Sparsifier, State
 from prunus.drive import Attached, attach, attached, prune
 from prunus.errors import PrunusError
 from prunus.evidence import Evidence, evidence
 from prunus.runtime import Plan, SparseConv2d, SparseLinear, compile, load, save
+from prunus.training import sparse_training
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attached",
+    "Context",
     "Evidence",
     "Plan",
     "PrunusError",
+    "Score",
+    "Site",
     "SparseConv2d",
     "SparseLinear",
+    "Sparsifier",
+    "State",
     "__version__",
     "allocations",
     "attach",
@@ -32,5 +49,7 @@ __all__ = [
     "schedules",
     "scores",
     "solvers",
+    "sparse_training",
     "structures",
+    "training",
 ]

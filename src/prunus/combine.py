@@ -87,6 +87,7 @@ def then(first: Sparsifier, step: int, second: Sparsifier) -> Sparsifier:
             start = _inherit(_moved(after, -step), state)
             result = second.update(start, sites, weights, signals)
             children = (before, _moved(result.state, step))
+        _check_no_reserve([result])
         state = replace(
             state,
             round=state.round + 1,
@@ -126,6 +127,7 @@ def _latest(methods: Sequence[Sparsifier]) -> int | None:
 
 
 def _merge(state: State, results: Sequence[Update]) -> Update:
+    _check_no_reserve(results)
     children = tuple(result.state for result in results)
     masks = {name: mask for child in children for name, mask in child.masks.items()}
     sparsity = {name: s for child in children for name, s in child.sparsity.items()}
@@ -134,3 +136,12 @@ def _merge(state: State, results: Sequence[Update]) -> Update:
         state, round=state.round + 1, masks=masks, sparsity=sparsity, children=children
     )
     return Update(merged, weights)
+
+
+def _check_no_reserve(results: Sequence[Update]) -> None:
+    """Refuse what keeps values of weights that are off: there is one reserve, of the whole."""
+    if any(result.state.trained for result in results):
+        raise CompositionError(
+            "a method that trains weights which are off (top_kast) cannot be combined with "
+            "others; attach it alone, and exclude the sites that it should leave"
+        )

@@ -30,6 +30,39 @@ GRADIENT = "gradient"
 FLOW = "flow"
 """Signal: dR/d|w| of the synaptic flow R = 1^T (prod |W_l|) 1 of the masked network."""
 
+INPUT_SQUARE = "input_square"
+"""Signal: E[x_j^2] of what each column of the turned 2-d weight is multiplied with, [groups, n]."""
+
+GRAM = "gram"
+"""Signal: E[x x^T] of the same inputs, float64 [groups, n, n]; groups: of a convolution, else 1."""
+
+GRADIENT_SQUARE = "gradient_square"
+"""Signal: mean over examples of (dL/dw)^2, the diagonal of the empirical Fisher matrix."""
+
+GRADIENTS = "gradients"
+"""Signal: dL/dw of every example, [examples, *shape]."""
+
+HESSIAN = "hessian"
+"""Signal: exact d2L/dw dw of one site, [size, size]; small sites only."""
+
+HESSIAN_DIAGONAL = "hessian_diagonal"
+"""Signal: exact d2L/dw_i^2; small networks only."""
+
+HUTCHINSON = "hutchinson"
+"""Signal: unbiased estimate of d2L/dw_i^2 from random directions."""
+
+MOMENTUM = "momentum"
+"""Signal: exponential average of GRADIENT over the training steps; `compose` keeps it, dense."""
+
+COACTIVATION = "coactivation"
+"""Signal: mean over examples of a unit's output times its input, for every weight (Hebb)."""
+
+VALIDATION_LOSS = "validation_loss"
+"""Signal: the loss on held-out data, in `Signals.loss`; from `validate=` of attach and prune."""
+
+RESERVE = "reserve"
+"""Statistic: values of weights that are off but not forgotten; 0 where a weight is on."""
+
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     """Return `sparsity` if it lies in [0, 1]; raise ValueRangeError if not (NaN included)."""
@@ -50,6 +83,7 @@ class Site:
 
     name: its first name in `model.named_parameters()`; shape: of the tensor;
     aliases: further names of the same (tied) tensor; unit: elements that live or die together;
+    rows: rows of units that keep the same count each, so that a site changes in steps of `grain`;
     transposed: inputs come first and outputs second (ConvTranspose, the Conv1D of GPT-2).
     """
 
@@ -58,11 +92,17 @@ class Site:
     aliases: tuple[str, ...] = ()
     unit: int = 1
     transposed: bool = False
+    rows: int = 1
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def grain(self) -> int:
+        """Elements by which a site's count changes: one unit in every row."""
+        return self.rows * self.unit
 
 
 @dataclass(frozen=True)
@@ -83,7 +123,9 @@ class State:
 
     step: optimizer steps done; round: updates already done at this step; masks: what is kept now;
     sparsity: what the last update asked of each site; statistics: kind -> site -> tensor that a
-    method accumulates; seed: of every random draw; children: states of combined sparsifiers.
+    method accumulates; seed: of every random draw; children: states of combined sparsifiers;
+    trained: where a gradient passes although the weight may be off (its value is in the statistic
+    RESERVE); sites that are absent train what they keep.
     """
 
     seed: int = 0
@@ -93,6 +135,7 @@ class State:
     sparsity: Mapping[str, float] = field(default_factory=dict)
     statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     children: tuple[State, ...] = ()
+    trained: Masks = field(default_factory=dict)
 
     def next_step(self) -> State:
         """Return the state after one more optimizer step."""
@@ -137,13 +180,15 @@ class Sparsifier:
 class Context:
     """What a slot may look at beside the weight of one site.
 
-    mask: what is kept now (None = all of it); key: see `rng`, unique to seed, step, round and site.
+    mask: what is kept now (None = all of it); key: see `rng`, unique to seed, step, round and site;
+    memory: what is remembered of this site, kind -> tensor.
     """
 
     site: Site
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     key: tuple[int | str, ...] = ()
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, kind: str) -> Tensor:
         """Return a signal of this site; raise SignalError if nobody provided it."""
@@ -161,12 +206,17 @@ class Score:
     """Which? `value(w, context)` -> float tensor shaped like w; higher = keep.
 
     cheap: computing it again costs less than keeping it, so that thresholds stream over sites.
+    observe(w, context) -> what to remember of the site, kind -> tensor, at every step up to
+    the last update; `value` and the next `observe` find it in `context.memory`. watches: the
+    signals that `observe` reads.
     """
 
     name: str
     value: Callable[[Tensor, Context], Tensor]
     needs: frozenset[str] = frozenset()
     cheap: bool = False
+    observe: Callable[[Tensor, Context], Mapping[str, Tensor]] | None = None
+    watches: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -191,11 +241,16 @@ class Allocation:
 
     The shares remove `sparsity` of all elements of the sites, or TargetError says who stands in
     the way. compares: whether it reads the scores (then they must be comparable between sites).
+    least(sites): the lowest final sparsity that it can share out; below it, on the way of a ramp,
+    it may give sites less than they end with. measure: what `sparsity` is a fraction of; unless it
+    is "weights", how many weights are removed comes out of the shares.
     """
 
     name: str
     share: Callable[[Sequence[Site], Scores, float], Mapping[str, float]]
     compares: bool = False
+    least: Callable[[Sequence[Site]], float] = lambda sites: 0.0
+    measure: str = "weights"
 
 
 @dataclass(frozen=True)
@@ -203,7 +258,9 @@ class Schedule:
     """How much when? `at(step)` -> sparsity to reach now, or None when no update is due.
 
     final: the sparsity it ends with; last: the step of its last update (None: never ends);
-    gradual: whether it passes through other sparsities on the way.
+    gradual: whether it passes through other sparsities on the way; falls: whether it asks for less
+    again, so that what is off has to return. adapt(reached, loss, best) -> the sparsity to go to at
+    an update, from the one reached, the validation loss and the lowest so far; None = at(step).
     """
 
     name: str
@@ -211,6 +268,8 @@ class Schedule:
     final: float
     last: int | None = None
     gradual: bool = False
+    falls: bool = False
+    adapt: Callable[[float, float, float], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +278,8 @@ class Growth:
 
     turnover: fraction of a site's kept units that is dropped and grown again in one update.
     fill(w, context) -> values of grown weights; None = zeros.
+    share(w, context) -> a site's share, in any unit, of what all sites drop together; None = every
+    site grows as much as it dropped.
     """
 
     name: str
@@ -226,6 +287,7 @@ class Growth:
     turnover: Callable[[int], float]
     needs: frozenset[str] = frozenset()
     fill: Callable[[Tensor, Context], Tensor] | None = None
+    share: Callable[[Tensor, Context], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,15 @@ def find(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
         and not any(matches(n, unwanted) for n in group)
     ]
     if not sites:
+        masked = any(name.endswith("_orig") for name, _ in model.named_parameters())
         raise SiteError(
-            f"{type(model).__name__} has no prunable weight left; prunable are the weights of "
-            f"linear, convolution, recurrent and attention layers"
+            f"{type(model).__name__} has no prunable weight left; "
+            + (
+                "torch.nn.utils.prune has put its own masks on it: call prune.remove on each first"
+                if masked
+                else "prunable are the weights of linear, convolution, recurrent and attention "
+                "layers"
+            )
         )
     return tuple(sites)
 
@@ -120,9 +126,9 @@ def weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
-def with_unit(site: Site, unit: int) -> Site:
-    """Return the site with its unit size set, as a structure prescribes."""
-    return replace(site, unit=unit)
+def with_unit(site: Site, unit: int, rows: int = 1) -> Site:
+    """Return the site with its unit size and its rows set, as a structure prescribes."""
+    return replace(site, unit=unit, rows=rows)
 
 
 def turned(site: Site, tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from prunus import kernels
 
 EPS = np.finfo(np.float32).eps
 ISAS = [*(i for i in kernels.available_isas() if i != kernels.FALLBACK), kernels.FALLBACK]
+RELU = ("", "relu")
 KERNELS = [row["layout"] for row in kernels.table()]
 SHAPES = [
     (m, k, n)
@@ -39,6 +40,9 @@ def call(layout, blob, x_kn, **options):
     """Y [M, N] from X [K, N] through a kernel of this layout."""
     if layout == "planes":
         return kernels.matmul_planes(blob, np.ascontiguousarray(x_kn), **options)
+    if layout == "conv":
+        geometry = kernels.Geometry(1, len(x_kn), (1, x_kn.shape[1]), (1, 1))
+        return kernels.conv2d(blob, x_kn[None, :, None], geometry, **options)[0, :, 0]
     return kernels.linear(blob, np.ascontiguousarray(x_kn.T), **options).T
 
 
@@ -61,12 +65,12 @@ def assert_close(y, weight, x_kn, bias, relu):
 def test_matches_float64_within_the_error_bound(layout, isa, sparsity):
     rng = np.random.default_rng(7)
     for i, (m, k, n) in enumerate(SHAPES):
-        n = 1 if layout == "vector" else n
+        n = 1 if layout == "vector" else max(n, int(layout == "conv"))
         weight = sparse(rng, m, k, sparsity)
         x = rng.standard_normal((k, n)).astype(np.float32)
         bias = rng.standard_normal(m).astype(np.float32) if i % 2 else None
         blob = kernels.pack(weight, block=(None, 16, 40)[i % 3])
-        y = call(layout, blob, x, bias=bias, relu=i % 4 > 1, threads=1 + i % 3, isa=isa)
+        y = call(layout, blob, x, bias=bias, activation=RELU[i % 4 > 1], threads=1 + i % 3, isa=isa)
         assert_close(y, weight, x, bias, i % 4 > 1)
 
 
@@ -80,7 +84,7 @@ def test_rows_without_weights_give_the_bias(layout, isa):
     bias = rng.standard_normal(70).astype(np.float32)
     y = call(layout, kernels.pack(weight), x, bias=bias, isa=isa)
     np.testing.assert_array_equal(y[::3], np.broadcast_to(bias[::3, None], y[::3].shape))
-    y = call(layout, kernels.pack(weight), x, bias=bias, relu=True, isa=isa)
+    y = call(layout, kernels.pack(weight), x, bias=bias, activation="relu", isa=isa)
     assert np.array_equal(y[::3, 0], np.maximum(bias[::3], 0))
 
 
@@ -94,7 +98,7 @@ def test_nan_and_infinity_follow_stored_weights_only(layout, isa, relu):
     weight[3, 5], weight[9, 7], weight[11, 2] = np.nan, np.inf, -np.inf
     x = rng.standard_normal((60, n)).astype(np.float32)
     x[10, 0], x[20, n // 2], x[30, n - 1] = np.nan, np.inf, -np.inf
-    y = call(layout, kernels.pack(weight), x, relu=relu, isa=isa)
+    y = call(layout, kernels.pack(weight), x, activation=RELU[relu], isa=isa)
     stored = weight != 0
     with np.errstate(invalid="ignore"):
         exact = np.stack(
@@ -148,7 +152,9 @@ def test_unaligned_and_strided_inputs(layout, isa):
     odd[...] = wide[:, :n]
     inputs = [wide[:, 1 : n + 1], wide[:, ::3][:, :n], wide[::-1, :n], wide.T[:n].T, odd]
     run = (
-        kernels.matmul_planes
+        (lambda b, x, **o: call(layout, b, x, **o))
+        if layout == "conv"
+        else kernels.matmul_planes
         if layout == "planes"
         else lambda b, x, **o: kernels.linear(b, x.T, **o).T
     )
@@ -171,7 +177,7 @@ def test_nothing_outside_the_output_is_written(isa):
         x_rows[:, :n] = x
         args = [blob.ctypes.data, x_rows.ctypes.data, frame[1:, 2:].ctypes.data, n, 0, 0, 2]
         if index is None:
-            kernels.reference.planes_ptr(*args, n + 3, n + 5)
+            kernels.addresses.planes_ptr(*args, n + 3, n + 5)
         else:
             kernels.planes_ptr(*args, n + 3, n + 5, isa=index)
         assert_close(frame[1:-1, 2 : 2 + n], weight, x, None, False)

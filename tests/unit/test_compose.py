@@ -40,15 +40,29 @@ TWO_OF_FOUR = structures.n_of_m(2, 4)
 GROW = growth.random(growth.fixed(0.1))
 CONSTANT = schedules.constant(0.5, 1, 9)
 OTHER_SOLVER = Solver("repairing", solvers.top_k().solve)
+COUNTS_BYTES = allocations.by_bytes(allocations.uniform())
 REFUSED = [
     ({"structure": TWO_OF_FOUR, "schedule": schedules.one_shot(0.9)}, "0.5.*leave the schedule"),
     ({"structure": TWO_OF_FOUR, "schedule": schedules.cubic(0.5, 0, 9)}, "use one_shot"),
     ({"structure": TWO_OF_FOUR, "allocation": allocations.erk()}, "use uniform"),
     ({"structure": TWO_OF_FOUR, "schedule": CONSTANT, "grow": GROW}, "use element, block"),
     ({"allocation": allocations.global_(), "schedule": CONSTANT, "grow": GROW}, "use .*erk"),
+    (
+        {
+            "allocation": allocations.global_(),
+            "schedule": schedules.cubic(0.5, 0, 9),
+            "grow": growth.momentum(growth.fixed(0.1)),
+        },
+        "set the first mask only",
+    ),
     ({"schedule": CONSTANT, "grow": GROW, "solve": OTHER_SOLVER}, "repairing; use top_k"),
     ({"schedule": CONSTANT, "grow": GROW, "rounds": 2}, "growth needs rounds=1"),
     ({"schedule": CONSTANT, "initial": MAGNITUDE, "rounds": 2}, "leave initial out"),
+    ({"schedule": schedules.cyclic(0.5, 2, 2, 2)}, "pass revive=True"),
+    ({"schedule": CONSTANT, "grow": GROW, "revive": True}, "leave one of them out"),
+    ({"schedule": CONSTANT, "remember": True}, "pass revive=True too"),
+    ({"schedule": CONSTANT, "allocation": COUNTS_BYTES, "rounds": 2}, "counts bytes.*rounds=1"),
+    ({"schedule": CONSTANT, "allocation": COUNTS_BYTES, "grow": GROW}, "counts bytes; use uniform"),
     ({"schedule": CONSTANT, "rounds": 0}, "at least one round, got 0"),
 ]
 
@@ -355,3 +369,32 @@ def test_a_ramp_waits_while_the_network_is_sparser_than_it_asks():
     low = compose(MAGNITUDE, schedule=schedules.linear(0.1, 0, 8))
     with pytest.raises(TargetError, match=r"asked for a sparsity of 0\.1"):
         low.update(replace(state, step=8, round=0), [site], w, Signals())
+
+
+def test_overrides_rise_with_a_ramp_and_hold_at_its_end():
+    sites = [Site("a", (20, 20)), Site("b", (10, 10))]
+    w = {site.name: torch.randn(site.shape) for site in sites}
+    method = compose(
+        MAGNITUDE,
+        schedule=schedules.linear(0.8, 0, 8),
+        allocation=allocations.overrides(allocations.uniform(), {"b": 0.5}),
+    )
+    state = method.init(sites, w, 0)
+    for step in range(9):
+        state = method.update(state, sites, w, Signals()).state
+        off = sum(int((~mask).sum()) for mask in state.masks.values())
+        assert abs(off - 500 * 0.8 * step / 8) <= 1
+        state = state.next_step()
+    assert kept(state, "b") == 50
+    low = compose(
+        MAGNITUDE,
+        schedule=schedules.one_shot(0.05),
+        allocation=allocations.overrides(allocations.uniform(), {"b": 0.5}),
+    )
+    with pytest.raises(TargetError, match="removes at least 0.1"):
+        low.init(sites, w, 0)
+
+
+def test_a_forgotten_call_is_named():
+    with pytest.raises(CompositionError, match=r"call it: score=magnitude"):
+        compose(scores.magnitude, schedule=schedules.one_shot(0.5))

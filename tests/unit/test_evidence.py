@@ -184,7 +184,7 @@ def test_both_networks_see_the_same_batches_of_data_that_changes():
     batches = ((torch.randn(9, 6, generator=generator), torch.zeros(9).long()) for _ in range(3))
     dense, sparse = _Recorder(_network()), _Recorder(_pruned(_network()))
     _row(dense, sparse, batches, batch_sizes=(30,))
-    full = [[x for x in network.seen[1:4]] for network in (dense, sparse)]
+    full = [network.seen[1:4] for network in (dense, sparse)]
     assert [x.shape for x in full[0]] == [(9, 6)] * 3
     assert all(torch.equal(a, b) for a, b in zip(*full, strict=True))
     # 27 examples for a batch of 30: the first ones are repeated

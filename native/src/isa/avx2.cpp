@@ -17,8 +17,18 @@ inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 // The second operand is returned where one is NaN: NaN stays NaN.
+inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec minimum(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec relu(Vec v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+
+inline Vec exponent(Vec v) {
+  const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(v), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(power, _mm256_set1_epi32(127 << 23)));
+}
 
 inline __m256i first(int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -27,6 +37,13 @@ inline __m256i first(int64_t count) {
 
 inline Vec load_n(const float* from, int64_t count) {
   return _mm256_maskload_ps(from, first(count));
+}
+
+// from[0], from[2], ...: `count` of them.
+inline Vec load_even(const float* from, int64_t count) {
+  const Vec low = load_n(from, 2 * count - 1), high = load_n(from + kLanes, 2 * count - 1 - kLanes);
+  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8));
 }
 
 inline void store_n(float* to, Vec v, int64_t count) {
@@ -55,9 +72,12 @@ inline void transpose(Vec (&b)[kLanes]) {
   }
 }
 
+#include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/conv-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
+#include "kernels/sddmm-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace

@@ -22,8 +22,18 @@ inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 // The second operand is returned where one is NaN: NaN stays NaN.
+inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec relu(Vec v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
+
+inline Vec exponent(Vec v) {
+  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(v), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_set1_epi32(127 << 23)));
+}
 
 inline __mmask16 first(int64_t count) {
   return count >= kLanes ? 0xFFFF : static_cast<__mmask16>(count <= 0 ? 0 : (1u << count) - 1u);
@@ -31,6 +41,13 @@ inline __mmask16 first(int64_t count) {
 
 inline Vec load_n(const float* from, int64_t count) {
   return _mm512_maskz_loadu_ps(first(count), from);
+}
+
+// from[0], from[2], ...: `count` of them.
+inline Vec load_even(const float* from, int64_t count) {
+  const Vec low = load_n(from, 2 * count - 1), high = load_n(from + kLanes, 2 * count - 1 - kLanes);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return _mm512_permutex2var_ps(low, even, high);
 }
 
 inline void store_n(float* to, Vec v, int64_t count) {
@@ -69,9 +86,12 @@ inline void transpose(Vec (&b)[kLanes]) {
   }
 }
 
+#include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/conv-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
+#include "kernels/sddmm-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace

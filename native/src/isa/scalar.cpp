@@ -1,4 +1,6 @@
 // Plain C++: runs everywhere, and is the body that a new compiler or CPU starts from.
+#include <string.h>
+
 #include "kernel.h"
 
 namespace prunus {
@@ -25,26 +27,54 @@ inline Vec load_n(const float* from, int64_t count) {
   return v;
 }
 
+inline Vec load_even(const float* from, int64_t count) {
+  Vec v = zero();
+  for (int i = 0; i < count && i < kLanes; ++i) v.lane[i] = from[2 * i];
+  return v;
+}
+
 inline void store_n(float* to, const Vec& v, int64_t count) {
   for (int i = 0; i < count && i < kLanes; ++i) to[i] = v.lane[i];
 }
 
-inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
+template <class Operation>
+inline Vec each(const Vec& a, const Vec& b, Operation operation) {
   Vec v;
-  for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+  for (int i = 0; i < kLanes; ++i) v.lane[i] = operation(a.lane[i], b.lane[i]);
   return v;
 }
 
 inline Vec add(const Vec& a, const Vec& b) {
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] + b.lane[i];
-  return v;
+  return each(a, b, [](float p, float q) { return p + q; });
 }
+inline Vec sub(const Vec& a, const Vec& b) {
+  return each(a, b, [](float p, float q) { return p - q; });
+}
+inline Vec mul(const Vec& a, const Vec& b) {
+  return each(a, b, [](float p, float q) { return p * q; });
+}
+inline Vec divide(const Vec& a, const Vec& b) {
+  return each(a, b, [](float p, float q) { return p / q; });
+}
+inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return add(mul(a, b), c); }
 
-// NaN stays NaN: the comparison is false for it.
-inline Vec relu(const Vec& a) {
+// NaN in the second operand stays NaN: the comparison is false for it.
+inline Vec maximum(const Vec& a, const Vec& b) {
+  return each(a, b, [](float p, float q) { return p > q ? p : q; });
+}
+inline Vec minimum(const Vec& a, const Vec& b) {
+  return each(a, b, [](float p, float q) { return p < q ? p : q; });
+}
+inline Vec relu(const Vec& a) { return maximum(zero(), a); }
+
+inline Vec exponent(const Vec& a) {
   Vec v;
-  for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] < 0.0f ? 0.0f : a.lane[i];
+  for (int i = 0; i < kLanes; ++i) {
+    uint32_t bits;
+    memcpy(&bits, &a.lane[i], sizeof bits);
+    bits = (bits << 23) + (127u << 23);
+    memcpy(&v.lane[i], &bits, sizeof bits);
+  }
   return v;
 }
 
@@ -71,8 +101,11 @@ inline void dot(const float* values, const uint16_t* columns, uint32_t begin, ui
 
 inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[2] + p.lane[3]); }
 
+#include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/conv-inl.h"
 #include "kernels/spmv-inl.h"
+#include "kernels/sddmm-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Sparse weight times dense matrix, for any instruction set.
 // Included by src/isa/*.cpp inside an anonymous namespace, after these are defined there:
-//   Vec, kLanes, kSets, zero, load, store, load_n, store_n, broadcast, fma, add, relu, transpose.
+//   Vec, kLanes, kSets, zero, load, store, load_n, store_n, broadcast, fma, add, transpose, write.
 // No inline library function may be used here: its weak symbol would carry this file's
 // instructions into programs on older CPUs.
 
@@ -13,19 +13,24 @@ constexpr int64_t kChunk = 64;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// What happens to a finished output. Every activation that is fused later is a flag here.
-inline Vec finish(Vec value, Vec bias, uint32_t flags) {
-  value = add(value, bias);
-  return flags & kRelu ? relu(value) : value;
-}
+// Where a panel holds the row of a column: rows next to each other.
+template <int V>
+struct Contiguous {
+  const float* panel;
+  const float* row(uint16_t column) const { return panel + column * int64_t{V * kLanes}; }
+
+  // The rows of column block `b` for row `row` of the weight.
+  Contiguous part(const Weight& w, uint32_t b, int64_t) const {
+    return {panel + static_cast<int64_t>(b) * w.block * V * kLanes};
+  }
+};
 
 // acc[v] += sum of values[i] * panel row columns[i], i in [begin, end). kSets partial sums hide
 // the latency of the multiply-add; their order does not depend on V, so a column's result does
 // not depend on its place in the panel.
-template <int V>
+template <int V, class Source>
 inline void accumulate(const float* values, const uint16_t* columns, uint32_t begin, uint32_t end,
-                       const float* panel, Vec (&acc)[V]) {
-  constexpr int64_t stride = V * kLanes;
+                       const Source& source, Vec (&acc)[V]) {
   Vec sums[kSets][V];
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) sums[0][v] = acc[v];
@@ -38,14 +43,14 @@ inline void accumulate(const float* values, const uint16_t* columns, uint32_t be
 #pragma GCC unroll 16
     for (int s = 0; s < kSets; ++s) {
       const Vec weight = broadcast(values[i + s]);
-      const float* row = panel + columns[i + s] * stride;
+      const float* row = source.row(columns[i + s]);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sums[s][v] = fma(weight, load(row + v * kLanes), sums[s][v]);
     }
   }
   for (; i < end; ++i) {
     const Vec weight = broadcast(values[i]);
-    const float* row = panel + columns[i] * stride;
+    const float* row = source.row(columns[i]);
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sums[0][v] = fma(weight, load(row + v * kLanes), sums[0][v]);
   }
@@ -59,18 +64,19 @@ inline void accumulate(const float* values, const uint16_t* columns, uint32_t be
   for (int v = 0; v < V; ++v) acc[v] = sums[0][v];
 }
 
-// tile[row - begin] = W[row] * panel for rows [begin, end), block by block.
-template <int V>
-inline void multiply(const Weight& w, const float* panel, int64_t begin, int64_t end, float* tile) {
+// tile[row - begin] = W[row] * source for rows [begin, end), block by block.
+template <int V, class Source>
+inline void multiply(const Weight& w, const Source& source, int64_t begin, int64_t end,
+                     float* tile) {
   constexpr int64_t stride = V * kLanes;
   for (uint32_t b = 0; b < w.blocks; ++b) {
     const uint32_t* offsets = w.offsets + b * w.rows;
-    const float* part = panel + static_cast<int64_t>(b) * w.block * stride;
     for (int64_t row = begin; row < end; ++row) {
       float* out = tile + (row - begin) * stride;
       Vec acc[V];
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) acc[v] = b == 0 ? zero() : load(out + v * kLanes);
+      const Source part = source.part(w, b, row);
       accumulate<V>(w.values, w.columns, offsets[row], offsets[row + 1], part, acc);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) store(out + v * kLanes, acc[v]);
@@ -97,18 +103,6 @@ inline void store_block(const Vec (&block)[kLanes], float* to, int64_t stride, i
     for (int i = 0; i < kLanes; ++i) store(to + i * stride, block[i]);
   } else {
     for (int64_t i = 0; i < count; ++i) store(to + i * stride, block[i]);
-  }
-}
-
-inline void store_outputs(const Vec (&block)[kLanes], float* to, int64_t stride, int64_t count,
-                          int64_t width, Vec bias, uint32_t flags) {
-  if (count >= kLanes && width >= kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      store(to + i * stride, finish(block[i], bias, flags));
-  } else {
-    for (int64_t i = 0; i < count && i < kLanes; ++i)
-      store_n(to + i * stride, finish(block[i], bias, flags), width);
   }
 }
 
@@ -152,8 +146,14 @@ struct Tokens {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * V * kLanes);
         transpose(block);
-        float* to = task.y + (first + token) * task.ldy + row;
-        store_outputs(block, to, task.ldy, count - token, width, bias, task.flags);
+        const int64_t place = (first + token) * task.ldy + row;
+        if (count - token >= kLanes) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) write(task, place + i * task.ldy, block[i], bias, width);
+        } else {
+          for (int64_t i = 0; i < count - token; ++i)
+            write(task, place + i * task.ldy, block[i], bias, width);
+        }
       }
     }
   }
@@ -174,7 +174,8 @@ struct Planes {
       const float* from = task.x + k * task.ldx + first;
       for (int v = 0; v < V; ++v) {
         const int64_t width = smaller(kLanes, count - v * kLanes);
-        const Vec value = width == kLanes ? load(from + v * kLanes) : load_n(from + v * kLanes, width);
+        const float* at = from + v * kLanes;
+        const Vec value = width == kLanes ? load(at) : load_n(at, width);
         store(panel + (k * V + v) * kLanes, value);
       }
     }
@@ -185,10 +186,10 @@ struct Planes {
                       const float* tile) {
     for (int64_t row = begin; row < end; ++row) {
       const Vec bias = task.bias ? broadcast(task.bias[row]) : zero();
-      float* to = task.y + row * task.ldy + first;
+      const int64_t place = row * task.ldy + first;
       for (int v = 0; v < V; ++v) {
         const Vec value = load(tile + ((row - begin) * V + v) * kLanes);
-        store_n(to + v * kLanes, finish(value, bias, task.flags), smaller(kLanes, count - v * kLanes));
+        write(task, place + v * kLanes, value, bias, smaller(kLanes, count - v * kLanes));
       }
     }
   }
@@ -207,7 +208,7 @@ inline void one_panel(const Task& task, int64_t panel_index, int64_t begin, int6
   }
   for (int64_t row = begin; row < end; row += kTileRows) {
     const int64_t stop = smaller(row + kTileRows, end);
-    multiply<V>(task.w, source, row, stop, tile);
+    multiply<V>(task.w, Contiguous<V>{source}, row, stop, tile);
     Layout::template scatter<V>(task, first, count, row, stop, tile);
   }
 }

@@ -1,6 +1,6 @@
 // Sparse weight times one vector, for any instruction set. Included after these are defined:
-//   Partial (partial sums, all zero when value-initialised), dot (adds values[i] * x[columns[i]],
-//   i in [begin, end), to them) and total (their sum).
+//   write, Partial (partial sums, all zero when value-initialised), dot (adds
+//   values[i] * x[columns[i]], i in [begin, end), to them) and total (their sum).
 
 void spmv(const Task& task) {
   const Weight& w = task.w;
@@ -11,9 +11,7 @@ void spmv(const Task& task) {
       const float* x = task.x + static_cast<int64_t>(b) * w.block;
       dot(w.values, w.columns, offsets[0], offsets[1], x, partial);
     }
-    float value = total(partial);
-    if (task.bias) value += task.bias[row];
-    if (task.flags & kRelu) value = value < 0.0f ? 0.0f : value;
-    task.y[row * task.ldy] = value;
+    const Vec bias = broadcast(task.bias ? task.bias[row] : 0.0f);
+    write(task, row * task.ldy, broadcast(total(partial)), bias, 1);
   }
 }

@@ -1,5 +1,20 @@
 """How much where? An allocation shares the sparsity between sites."""
 
 from prunus.allocations.basic import er, erk, floor, global_, overrides, uniform
+from prunus.allocations.costs import by_bytes, by_flops, by_latency, threshold
+from prunus.allocations.measured import by_sensitivity, lamp
 
-__all__ = ["er", "erk", "floor", "global_", "overrides", "uniform"]
+__all__ = [
+    "by_bytes",
+    "by_flops",
+    "by_latency",
+    "by_sensitivity",
+    "er",
+    "erk",
+    "floor",
+    "global_",
+    "lamp",
+    "overrides",
+    "threshold",
+    "uniform",
+]

@@ -20,6 +20,8 @@ def global_() -> Allocation:
     """One threshold for all sites: units of all sites are ranked together.
 
     The scores must be comparable between sites. Exact, streamed, ties by site order, then index.
+    Where a structure has rows of equal counts, a site gets its units of the common ranking, rounded
+    to whole rows of them.
     Source: "class-blind" pruning, See, Luong, Manning 2016, arXiv 1606.09274.
     """
 
@@ -73,12 +75,14 @@ def overrides(base: Allocation, sparsities: Mapping[str, float]) -> Allocation:
 
     The total stays what was asked for: if classifiers are kept dense, the rest gets sparser.
     sparsities: name, module prefix or shell pattern -> sparsity; the first matching pattern counts.
-    Raises SiteError for a pattern without a site, TargetError if the total cannot be met.
+    While a ramp asks for less than the fixed sites hold, they rise with it. Raises SiteError for a
+    pattern without a site, TargetError if the final total cannot be met.
     """
+    _check_weights(base, "overrides")
     for pattern, value in sparsities.items():
         check_sparsity(value, f"the override of {pattern!r}")
 
-    def share(sites: Sequence[Site], scores: Scores, sparsity: float) -> dict[str, float]:
+    def held(sites: Sequence[Site]) -> dict[str, float]:
         fixed: dict[str, float] = {}
         for pattern, value in sparsities.items():
             hits = [
@@ -90,31 +94,53 @@ def overrides(base: Allocation, sparsities: Mapping[str, float]) -> Allocation:
                     + ", ".join(s.name for s in sites)
                 )
             fixed.update({name: value for name in hits if name not in fixed})
+        return fixed
+
+    def least(sites: Sequence[Site]) -> float:
+        fixed = held(sites)
+        removed = sum(fixed.get(s.name, 0.0) * s.size for s in sites)
+        return removed / max(1, sum(s.size for s in sites))
+
+    def share(sites: Sequence[Site], scores: Scores, sparsity: float) -> dict[str, float]:
+        fixed, most = held(sites), least(sites)
+        if sparsity < most:
+            fixed = {name: value * sparsity / most for name, value in fixed.items()}
         return {**_rest(base, sites, scores, sparsity, fixed, "overrides"), **fixed}
 
-    return Allocation(f"overrides({base.name}, {dict(sparsities)})", share, base.compares)
+    return Allocation(f"overrides({base.name}, {dict(sparsities)})", share, base.compares, least)
 
 
 def floor(base: Allocation, units: int = 1) -> Allocation:
     """Keep at least `units` units of every site, so that no layer collapses.
 
+    Where a structure has rows of equal counts, `units` units of every row (a fan-in of at least
+    `units`).
     Sites that would fall below are held at the floor and the others share what is left. Raises
     TargetError naming the sites at their floor if the total cannot be met.
     """
     if units < 0:
         raise ValueRangeError(f"a floor keeps at least 0 units, got {units}")
+    _check_weights(base, "floor")
 
     def share(sites: Sequence[Site], scores: Scores, sparsity: float) -> dict[str, float]:
         held: dict[str, float] = {}
         while True:
             shares = {**_rest(base, sites, scores, sparsity, held, "floor"), **held}
-            limits = {s.name: max(0.0, 1.0 - units * s.unit / max(1, s.size)) for s in sites}
+            limits = {s.name: max(0.0, 1.0 - units * s.grain / max(1, s.size)) for s in sites}
             below = {n: limits[n] for n in limits if n not in held and shares[n] > limits[n] + 1e-9}
             if not below:
                 return shares
             held.update(below)
 
-    return Allocation(f"floor({base.name}, {units})", share, base.compares)
+    return Allocation(f"floor({base.name}, {units})", share, base.compares, base.least)
+
+
+def _check_weights(base: Allocation, around: str) -> None:
+    if base.measure != "weights":
+        raise ValueRangeError(
+            f"{around} shares out weights, but {base.name} counts {base.measure}; put it inside: "
+            f"by_flops({around}(...), flops)"
+        )
 
 
 def _rest(
@@ -130,8 +156,8 @@ def _rest(
     removed = sparsity * sum(s.size for s in sites)
     removed -= sum(fixed[s.name] * s.size for s in sites if s.name in fixed)
     room = sum(s.size for s in rest)
-    unit = max((s.unit for s in sites), default=1)
-    if not -unit <= removed <= room + unit:
+    grain = max((s.grain for s in sites), default=1)
+    if not -grain <= removed <= room + grain:
         names = ", ".join(f"{name} at {value:.4g}" for name, value in fixed.items())
         raise TargetError(
             f"a sparsity of {sparsity:g} cannot be met: {why} holds {names}, so the other sites "

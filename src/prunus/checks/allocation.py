@@ -46,14 +46,21 @@ def check_allocation(
     judge("type", isinstance(allocation, Allocation), f"it is a {type(allocation).__name__}")
     judge("type", bool(allocation.name) and isinstance(allocation.name, str), "it has no name")
     reached = 0
-    for unit in (1, 2):
-        found = [replace(site, unit=unit) for site in default_sites(sites)]
-        scores = {s.name: weight((1, s.size // unit), key=s.name).abs() for s in found}
+    for unit, in_rows in ((1, False), (2, False), (1, True)):
+        found = [_laid_out(site, unit, in_rows) for site in default_sites(sites)]
+        scores = {
+            s.name: weight((s.rows, s.size // max(1, s.grain)), key=s.name).abs() for s in found
+        }
         ties = {name: values * 0 for name, values in scores.items()}
         for sparsity in sparsities:
             for given in (scores, ties):
                 reached += _check_shares(judge, allocation, found, given, sparsity)
     judge("total", reached > 0, f"TargetError for every sparsity of {list(sparsities)}")
+
+
+def _laid_out(site: Site, unit: int, in_rows: bool) -> Site:
+    """Give a site units, and where `in_rows` a row of equal counts for every output."""
+    return replace(site, unit=unit, rows=max(1, site.shape[0]) if in_rows else 1)
 
 
 def _check_shares(
@@ -76,8 +83,10 @@ def _check_shares(
     for name, share in shares.items():
         fits = isinstance(share, (int, float)) and -1e-9 <= share <= 1 + 1e-9
         judge("range", fits, f"{where} gave {name!r} {share!r}")
+    if allocation.measure != "weights":
+        return True
     total = sum(site.size for site in sites)
     removed = sum(shares[site.name] * site.size for site in sites)
-    near = abs(removed - sparsity * total) <= max(site.unit for site in sites) * (1 + 1e-6)
+    near = abs(removed - sparsity * total) <= max(site.grain for site in sites) * (1 + 1e-6)
     judge("total", near, f"{where} removes {removed:g} of {total}")
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from prunus import rng
 from prunus.checks.rules import Judge
-from prunus.core import Site
+from prunus.core import GRADIENTS, GRAM, HESSIAN, INPUT_SQUARE, Site
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     (8, 12),
@@ -48,8 +49,17 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, key: str 
 
 
 def default_signal(kind: str, w: Tensor) -> Tensor:
-    """Return a reproducible positive tensor shaped like w: gradients, flow and the like."""
-    return rng.uniform(("check signal", kind, *w.shape), tuple(w.shape)).to(w.dtype) + 0.1
+    """Return a reproducible positive tensor of the shape that the kind has for a site w."""
+    columns = math.prod(w.shape[1:])
+    size = {GRAM: columns, HESSIAN: w.numel()}.get(kind)
+    if size is not None:  # a positive definite matrix
+        x = rng.uniform(("check signal", kind, *w.shape), (2 * size + 1, size)).double()
+        matrix = x.T @ x / (2 * size + 1)
+        return matrix[None] if kind == GRAM else matrix
+    if kind == INPUT_SQUARE:
+        return rng.uniform(("check signal", kind, *w.shape), (1, columns)).double() + 0.1
+    shape = (5, *w.shape) if kind == GRADIENTS else tuple(w.shape)
+    return rng.uniform(("check signal", kind, *w.shape), shape).to(w.dtype) + 0.1
 
 
 def same(left: Any, right: Any) -> bool:

@@ -142,14 +142,13 @@ def inspect(arguments: argparse.Namespace) -> Result:
                 # A file may come from anywhere, and a name may hold commands to the terminal.
                 "".join(c if c.isprintable() else "?" for c in name),
                 " × ".join(map(str, tensor["shape"])) or "scalar",
-                tensor["dtype"],
-                tensor["format"],
+                f"{tensor['dtype']} {tensor['format']}",
                 percent(1 - tensor["nonzeros"] / size) if size else None,
                 byte_size(tensor["bytes"]),
                 percent(tensor["bytes"] / dense) if dense else None,
             )
         )
-    columns = ("tensor", "shape", "dtype", "format", "sparsity", "bytes", "of dense")
+    columns = ("tensor", "shape", "stored as", "sparsity", "bytes", "of dense")
     size = byte_size(found["bytes"])
     note = f"{size} on disk, format version {found['version']}; all checksums match."
     table = Table(str(arguments.file), columns, rows, note)

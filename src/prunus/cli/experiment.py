@@ -144,8 +144,8 @@ def _run(
     curve = {}
     for sparsity in experiment.sweep:
         with work.phase(f"{label}: sparsity {sparsity:g}", 1.0) as on_step:
-            tried, _ = _sparse(experiment, start, data, seed, sparsity, on_step)
-            curve[sparsity] = metrics.accuracy(tried, test).value
+            tried, held = _sparse(experiment, start, data, seed, sparsity, on_step)
+            curve[round(held.sparsity, 4)] = metrics.accuracy(tried, test).value
     with work.phase(f"{label}: sparse", 1.0) as on_step:
         sparse, attached = _sparse(experiment, start, data, seed, None, on_step)
     with work.phase(f"{label}: measuring", _MEASURING):
@@ -156,7 +156,7 @@ def _run(
             fast = runtime.compile(loaded, _repeat(data.test_inputs, BATCH))
         frontier = Frontier((*points, *_point(model, test))) if points else None
         row = evidence(model, fast, test, frontier=frontier, file=file)
-    curve[attached.sparsity] = row.sparse.accuracy.value
+    curve[round(attached.sparsity, 4)] = row.sparse.accuracy.value
     done = Run(
         seed,
         row,

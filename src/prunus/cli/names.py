@@ -4,30 +4,51 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from prunus import allocations, methods, structures
-from prunus.core import Sparsifier, check_sparsity
+from prunus.core import Allocation, Sparsifier, Structure, check_sparsity
 from prunus.errors import RecipeError
 
-PROCEDURES = ("Ticket", "fixed", "lottery_ticket")
-"""Public names of `methods` that are no method by name: they need objects."""
-
-FROM_INITIALISATION = frozenset({"random_pruning", "snip", "synflow", "set_", "rigl"})
+FROM_INITIALISATION = frozenset(
+    {
+        "deep_rewiring",
+        "dynamic_reparameterization",
+        "granet",
+        "itop",
+        "mest",
+        "nest",
+        "random_pruning",
+        "rigl",
+        "set_",
+        "snip",
+        "sparse_momentum",
+        "synflow",
+        "top_kast",
+    }
+)
 """Methods whose papers start from initialisation; the others prune a trained network."""
 
-_PARTS = {"Structure": structures, "Allocation": allocations}
-_PLAIN: dict[str, tuple[tuple[type, ...], str]] = {
-    "float": ((int, float), "a number"),
-    "int": ((int,), "a whole number"),
-    "bool": ((bool,), "true or false"),
-    "str": ((str,), "a text"),
+_PARTS = {Structure: ("structure", structures), Allocation: ("allocation", allocations)}
+_PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
+    float: ((int, float), "a number"),
+    int: ((int,), "a whole number"),
+    bool: ((bool,), "true or false"),
+    str: ((str,), "a text"),
 }
 
 
 def method_names() -> list[str]:
-    """Names of the methods that a recipe may ask for."""
-    return [name for name in methods.__all__ if name not in PROCEDURES]
+    """Names of the methods that a recipe may ask for: those that need plain values only."""
+    return [name for name in methods.__all__ if _is_plain(getattr(methods, name))]
+
+
+def _is_plain(method: Any) -> bool:
+    if isinstance(method, type) or "sparsity" not in inspect.signature(method).parameters:
+        return False
+    needed = [k for k, p in inspect.signature(method).parameters.items() if p.default is p.empty]
+    hints = get_type_hints(method)
+    return all(hints.get(key) in _PLAIN for key in needed)
 
 
 def find_method(name: Any) -> Callable[..., Sparsifier]:
@@ -39,20 +60,33 @@ def find_method(name: Any) -> Callable[..., Sparsifier]:
 
 def argument(method: str, key: str, value: Any) -> Any:
     """Read one argument of a method by its annotation: slots by name. Raises RecipeError."""
-    known = inspect.signature(find_method(method)).parameters
+    function = find_method(method)
+    known = inspect.signature(function).parameters
     if key not in known:
         raise RecipeError(f"{method} has no argument {key!r}; allowed: {', '.join(known)}")
-    kind, _, optional = str(known[key].annotation).partition(" | ")
-    if value is None and optional == "None":
+    hint = get_type_hints(function).get(key)
+    kinds = [hint] if hint in _PLAIN or get_origin(hint) is Literal else list(get_args(hint))
+    if value is None and type(None) in kinds:
         return None
-    if kind in _PARTS:
-        return _slot(kind.lower(), _PARTS[kind], value)
-    types, words = _PLAIN.get(kind, ((object,), ""))
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+    for kind in kinds:
+        if kind in _PARTS:
+            return _slot(*_PARTS[kind], value)
+    words = " or ".join(filter(None, (_mismatch(kind, value) for kind in kinds)))
+    if words:
         raise RecipeError(f"{key} is {value!r}; allowed: {words}")
     if key == "sparsity":
         check_sparsity(cast("float", value))
     return value
+
+
+def _mismatch(kind: Any, value: Any) -> str:
+    """Say what a kind allows if the value is none of it, else nothing."""
+    if get_origin(kind) is Literal:
+        allowed = get_args(kind)
+        return "" if value in allowed else ", ".join(map(str, allowed))
+    types, words = _PLAIN.get(kind, ((object,), ""))
+    fits = isinstance(value, types) and not (isinstance(value, bool) and kind is not bool)
+    return "" if fits or not words else words
 
 
 def expect_complete(method: str, arguments: Mapping[str, Any]) -> None:

@@ -114,7 +114,7 @@ def plan_table(outcome: Outcome, *, short: bool = False) -> Table:
     plan = outcome.runs[0].evidence.plan or {"rows": [], "reason": "no plan was made", "layout": ""}
     full = ("layer", "shape", "sparsity", "runs as", "sparse", "dense", "speed-up", "why")
     rows = [_plan_row(row) for row in plan["rows"]]
-    shown = [0, 2, 3, 4, 5, 6] if short else range(len(full))
+    shown = (0, 2, 3, 4, 5, 6) if short else (0, 1, 2, 3, 4, 5, 7)
     layout = f", convolutions in {plan['layout']}" if plan["layout"] else ""
     return Table(
         f"{outcome.experiment.name}: what runs where",
@@ -224,7 +224,7 @@ def _figures(outcome: Outcome) -> list[Figure]:
     curve: dict[float, list[float]] = {}
     for run in runs:
         for sparsity, accuracy in run.curve.items():
-            curve.setdefault(round(sparsity, 4), []).append(accuracy)
+            curve.setdefault(sparsity, []).append(accuracy)
     inner = {s: values for s, values in curve.items() if 0 < s < 1}
     figures = []
     if inner:

@@ -27,8 +27,8 @@ def rehearse(job: Experiment) -> None:
     """Build data, model and method of the first seed and try them together. Raises Misfit."""
     data, model = job.data(job.seeds[0]), job.model(job.seeds[0])
     _training(job, data, model)
-    _method(job, model, job.training.epochs * steps_per_epoch(data, job.training.batch_size))
     _forward(model, data)
+    _method(job, model, job.training.epochs * steps_per_epoch(data, job.training.batch_size))
 
 
 def _training(job: Experiment, data: Dataset, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ class Slots:
     solve: Solver
     initial: Score | None
     rounds: int
+    revive: bool = False
+    remember: bool = False
 
 
 REFUSALS: tuple[tuple[Callable[[Slots], bool], str], ...] = (
@@ -48,9 +51,14 @@ REFUSALS: tuple[tuple[Callable[[Slots], bool], str], ...] = (
         "site; use element, block or channel",
     ),
     (
-        lambda s: s.grow is not None and s.allocation.compares,
+        lambda s: s.grow is not None and s.allocation.compares and not s.schedule.gradual,
         "growth keeps the count of every site, but {allocation} changes it with the scores; "
-        "use uniform, er or erk",
+        "use uniform, er or erk, or a schedule that prunes on the way (cubic)",
+    ),
+    (
+        lambda s: s.grow is not None and s.grow.share is not None and s.allocation.compares,
+        "growth {grow} moves weights between sites, and so does {allocation}; use uniform, er or "
+        "erk, which then set the first mask only",
     ),
     (
         lambda s: s.grow is not None and s.solve.name != "top_k",
@@ -66,11 +74,43 @@ REFUSALS: tuple[tuple[Callable[[Slots], bool], str], ...] = (
         "them only; leave initial out, or take rounds=1",
     ),
     (
+        lambda s: s.schedule.falls and not s.revive,
+        "{schedule} asks for less sparsity again, but without growth what is off stays off; pass "
+        "revive=True, so that it returns",
+    ),
+    (
+        lambda s: s.revive and s.grow is not None,
+        "growth {grow} says what returns, and so does revive; leave one of them out",
+    ),
+    (
+        lambda s: s.remember and not s.revive,
+        "remember keeps the values of what may return, and nothing returns; pass revive=True too",
+    ),
+    (
+        lambda s: s.allocation.measure != "weights" and s.rounds > 1,
+        "{allocation} counts {measure}, and {rounds} rounds go by the weights that are kept; take "
+        "rounds=1, or a schedule of several updates (iterative)",
+    ),
+    (
+        lambda s: s.allocation.measure != "weights" and s.grow is not None,
+        "growth keeps a number of weights, but {allocation} counts {measure}; use uniform, er or "
+        "erk",
+    ),
+    (
         lambda s: s.rounds < 1,
         "an update has at least one round, got {rounds}",
     ),
 )
 """(predicate, reason with the remedy): the only place that says what may not be combined."""
+
+
+def _takes_nothing(value: Callable[..., Any]) -> bool:
+    """Tell a factory such as scores.magnitude, whose call was forgotten, from a score function."""
+    try:
+        inspect.signature(value).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def check(slots: Slots) -> None:
@@ -88,13 +128,14 @@ def check(slots: Slots) -> None:
         value = getattr(slots, slot)
         if not isinstance(value, kind) and not (value is None and slot in ("grow", "initial")):
             remedy = f"call it: {slot}={getattr(value, '__name__', '...')}(...)"
-            if slot == "score" and callable(value):
+            if slot == "score" and callable(value) and not _takes_nothing(value):
                 remedy = "write: Score('mine', lambda w, at: w.abs())"
             raise CompositionError(f"{slot} is a {kind.__name__}, got {value!r}; {remedy}")
     words: dict[str, Any] = {
         slot: getattr(value, "name", value) for slot, value in vars(slots).items()
     }
     words |= {"pinned": slots.structure.pinned or 0.0, "final": slots.schedule.final}
+    words["measure"] = slots.allocation.measure
     for refused, reason in REFUSALS:
         if refused(slots):
             raise CompositionError(reason.format(**words))

@@ -9,8 +9,22 @@ import torch
 from torch import Tensor
 
 from prunus import select
+from prunus.compose.memory import adapted, at_site, reserved
+from prunus.compose.redistribute import redistributed
 from prunus.compose.slots import Slots
-from prunus.core import Context, Growth, Score, Signals, Site, State, Structure, Update, Weights
+from prunus.core import (
+    RESERVE,
+    VALIDATION_LOSS,
+    Context,
+    Growth,
+    Score,
+    Signals,
+    Site,
+    State,
+    Structure,
+    Update,
+    Weights,
+)
 from prunus.errors import CompositionError, ShapeError, TargetError
 from prunus.sites import turned, turned_shape, with_unit
 
@@ -21,12 +35,20 @@ def needs(slots: Slots, state: State) -> frozenset[str] | None:
         return None
     if slots.initial is not None and not state.masks:
         return slots.initial.needs
-    return slots.score.needs | slots.solve.needs | (slots.grow.needs if slots.grow else frozenset())
+    adapts = frozenset({VALIDATION_LOSS}) if slots.schedule.adapt else frozenset()
+    grows = slots.grow.needs if slots.grow else frozenset()
+    return adapts | slots.score.needs | slots.solve.needs | grows
 
 
 def init(slots: Slots, sites: Sequence[Site], weights: Weights, seed: int) -> State:
-    """Check shapes and weights; return the state of a dense network."""
+    """Check shapes, weights and target; return the state of a dense network."""
     _layouts(slots.structure, sites)
+    least, final = slots.allocation.least(sites), slots.schedule.final
+    if final < least - 1e-9:
+        raise TargetError(
+            f"{slots.allocation.name} removes at least {least:.4g} of all weights, but the "
+            f"schedule ends at {final:g}; ask for more, or hold less"
+        )
     select.check_weights(sites, weights)
     return State(seed=seed)
 
@@ -81,37 +103,38 @@ def update(
     target = slots.schedule.at(state.step)
     if target is None:
         return Update(state)
-    if slots.grow is None and slots.schedule.gradual and state.step != slots.schedule.last:
-        total = sum(site.size for site in sites)
-        if target < 1.0 - sum(_kept(site, state) for site in sites) / max(1, total):
-            # A ramp that starts below what another method removed waits until it gets there.
-            return Update(replace(state, round=slots.rounds))
+    if slots.schedule.adapt is not None:
+        state, target = adapted(slots.schedule, state, sites, signals)
+    if _waits(slots, state, sites, target):
+        return Update(replace(state, round=slots.rounds))
     layouts = _layouts(slots.structure, sites)
-    sites = [with_unit(site, layouts[site.name][2]) for site in sites]
+    sites = [with_unit(site, layouts[site.name][2], layouts[site.name][0]) for site in sites]
     first = slots.initial is not None and not state.masks
     score = slots.initial if first and slots.initial is not None else slots.score
-    contexts = {
-        site.name: Context(
-            site,
-            signals.at(site.name),
-            state.masks.get(site.name),
-            (state.seed, state.step, state.round, site.name),
-        )
-        for site in sites
-    }
+    contexts = {site.name: at_site(state, site, signals) for site in sites}
 
     def unit_scores(name: str) -> Tensor:
-        return _unit_scores(score, slots, weights[name], contexts[name], moving=slots.grow is None)
+        only_removed = not slots.revive and (slots.grow is None or slots.allocation.compares)
+        return _unit_scores(score, slots, weights[name], contexts[name], moving=only_removed)
 
     scores = UnitScores([s.name for s in sites], unit_scores, keep=not score.cheap)
     sparsity = _round_target(slots, state, sites, target)
-    counts = _counts(slots, state, sites, layouts, scores, sparsity)
+    stays: Mapping[str, int] = {}
+    if slots.grow is not None and slots.grow.share is not None and state.masks:
+        on = {s.name: _units_kept(slots, contexts[s.name], layouts[s.name]) for s in sites}
+        shares = {s.name: slots.grow.share(weights[s.name], contexts[s.name]) for s in sites}
+        turnover = slots.grow.turnover(state.step)
+        stays, counts = redistributed(sites, layouts, on, shares, turnover, sparsity)
+    else:
+        counts = _counts(slots, state, sites, layouts, scores, sparsity)
     masks: dict[str, Tensor] = {}
     rewritten: dict[str, Tensor] = {}
     for site in sites:
         w, k, at = weights[site.name], counts[site.name], contexts[site.name]
         if slots.grow is not None and not first:
-            mask, new = _move(slots.grow, slots.structure, w, scores[site.name], k, at, state.step)
+            stay = stays.get(site.name)
+            moved = (scores[site.name], k, at, state.step, stay)
+            mask, new = _move(slots.grow, slots.structure, w, *moved)
         else:
             w = turned(site, w)
             mask, new = slots.solve.solve(w, scores[site.name], k, slots.structure, at)
@@ -120,11 +143,27 @@ def update(
             masks[site.name] = mask
         if new is not None:
             rewritten[site.name] = new
-    _check_reached(sites, masks, layouts, sparsity)
     asked = {s.name: 1.0 - counts[s.name] * _grain(layouts[s.name]) / max(1, s.size) for s in sites}
+    if slots.allocation.measure != "weights":
+        total = sum(s.size for s in sites)
+        sparsity = sum(asked[s.name] * s.size for s in sites) / max(1, total)
+    _check_reached(sites, masks, layouts, sparsity)
+    if slots.remember:
+        reserve, rewritten = reserved(state, sites, weights, masks, rewritten)
+        state = replace(state, statistics={**state.statistics, RESERVE: reserve})
     return Update(
         replace(state, round=state.round + 1, masks=masks, sparsity=asked), weights=rewritten
     )
+
+
+def _waits(slots: Slots, state: State, sites: Sequence[Site], target: float) -> bool:
+    """Tell whether a ramp asks for less than another method removed before: it waits till then."""
+    if slots.grow is not None or slots.revive or slots.allocation.measure != "weights":
+        return False
+    if not slots.schedule.gradual or state.step == slots.schedule.last:
+        return False
+    total = sum(site.size for site in sites)
+    return target < 1.0 - sum(_kept(site, state) for site in sites) / max(1, total)
 
 
 def _unit_scores(score: Score, slots: Slots, w: Tensor, at: Context, moving: bool) -> Tensor:
@@ -157,6 +196,13 @@ def _kept(site: Site, state: State) -> int:
     return site.size if mask is None else int(mask.sum())
 
 
+def _units_kept(slots: Slots, at: Context, layout: tuple[int, int, int]) -> int:
+    """Return how many units every row keeps now."""
+    if at.mask is None:
+        return layout[1]
+    return int(units_on(slots.structure, turned(at.site, at.mask)).sum(1).min())
+
+
 def _round_target(slots: Slots, state: State, sites: Sequence[Site], target: float) -> float:
     """Go to the target by equal factors of what is kept: d (d_target / d)^(1 / rounds left)."""
     left = slots.rounds - state.round
@@ -179,7 +225,7 @@ def _counts(
     shares = slots.allocation.share(sites, scores, sparsity)
     grain = {site.name: _grain(layouts[site.name]) for site in sites}
     counts = select.apportion(sites, shares, grain)
-    if slots.grow is not None:
+    if slots.revive or (slots.grow is not None and not slots.allocation.compares):
         return counts
     # What is off stays off: a site cannot keep more than it has, so rounding goes elsewhere.
     room = {s.name: _kept(s, state) // max(1, grain[s.name]) - counts[s.name] for s in sites}
@@ -199,14 +245,18 @@ def _move(
     k: int,
     at: Context,
     step: int,
+    stay_count: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Drop the lowest kept units, grow as many among those that were off before; keep k in all."""
+    """Drop the lowest kept units, grow as many among those that were off before; keep k in all.
+
+    stay_count: how many of each row stay; None: all but the turnover.
+    """
     shape = turned_shape(at.site)
     mask = torch.ones_like(w, dtype=torch.bool) if at.mask is None else at.mask
     on = units_on(structure, turned(at.site, mask))
     kept, free = int(on.sum(1).min()), int((~on).sum(1).min())  # of each row
     keep = min(k - min(int(grow.turnover(step) * k + 1e-6), free, k), kept)
-    keep = max(keep, k - free)
+    keep = max(keep, k - free) if stay_count is None else stay_count
     stay = select.keep_top(_off_last(scores, ~on), keep)
     values = select.check_scores(grow.value(w, at), at.site.name)
     ranking = structure.reduce(turned(at.site, values))

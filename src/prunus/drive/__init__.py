@@ -2,6 +2,7 @@
 
 from prunus.drive.attach import Attached, attach, attached
 from prunus.drive.once import prune
+from prunus.drive.sequential import prune_sequential
 from prunus.drive.signals import Sources, collect
 
-__all__ = ["Attached", "Sources", "attach", "attached", "collect", "prune"]
+__all__ = ["Attached", "Sources", "attach", "attached", "collect", "prune", "prune_sequential"]

@@ -16,8 +16,9 @@ from prunus import sites as sites_
 from prunus.core import GRADIENT, Masks, Site, Sparsifier, State
 from prunus.drive.agree import check_agreement
 from prunus.drive.checkpoint import KEY, from_blob, to_blob
+from prunus.drive.reserve import hide, recall
 from prunus.drive.signals import Sources, collect
-from prunus.errors import AttachError
+from prunus.errors import AttachError, SignalError
 
 # Weak on both sides: the optimizer's hooks keep an Attached alive, and nothing else has to.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attached]] = weakref.WeakKeyDictionary()
@@ -31,6 +32,7 @@ def attach(
     include: sites_.Patterns = None,
     exclude: sites_.Patterns = None,
     inputs: Any = None,
+    validate: Callable[[], float] | None = None,
     seed: int = 0,
 ) -> Attached:
     """Let `sparsifier` prune `model` while `optimizer` trains it; the loop stays as it is.
@@ -42,7 +44,8 @@ def attach(
     become zero.
 
     include, exclude: which weights (see `sites.find`); inputs: one example batch, for methods that
-    run the network themselves (SynFlow); seed: of random choices.
+    run the network themselves (SynFlow); validate: returns the loss on held-out data, for schedules
+    that adapt to it; seed: of random choices.
     Returns an Attached. Raises AttachError if the optimizer holds none of the weights or already
     has a sparsifier, SiteError, NotFiniteError, SignalError as the parts do.
     """
@@ -52,7 +55,13 @@ def attach(
         )
     _check_free(model)
     attached = Attached(
-        sparsifier, model, optimizer, _sites(model, optimizer, include, exclude), inputs, seed
+        sparsifier,
+        model,
+        optimizer,
+        _sites(model, optimizer, include, exclude),
+        inputs,
+        seed,
+        validate,
     )
     try:
         attached._start()
@@ -123,6 +132,7 @@ class Attached:
         sites: tuple[Site, ...],
         inputs: Any,
         seed: int,
+        validate: Callable[[], float] | None = None,
     ) -> None:
         """Use `attach`."""
         self.sparsifier = sparsifier
@@ -130,10 +140,12 @@ class Attached:
         self._optimizer = weakref.ref(optimizer)
         self._wrapped = model
         self._inputs = inputs
+        self._validate = validate
         self._parameters = sites_.parameters(model, sites)
         self.state: State = sparsifier.init(sites, sites_.weights(self._parameters), seed)
         self._off: dict[str, Tensor] = {}
         self._skipped = False
+        self._recalled = False
         self._handles: list[Any] = []
         self._owned: Optimizer | None = None
 
@@ -154,7 +166,10 @@ class Attached:
         """The optimizer whose steps drive this."""
         optimizer = self._optimizer()
         if optimizer is None:
-            raise AttachError(f"the optimizer that {self.sparsifier} was attached to is gone")
+            raise AttachError(
+                f"the optimizer that {self.sparsifier} was attached to is gone; keep a "
+                f"reference to the optimizer as long as its masks matter"
+            )
         return optimizer
 
     @property
@@ -208,7 +223,13 @@ class Attached:
         """Copy model and optimizer with their sparsifier; plain copies of either lose the hooks."""
         model, optimizer = copy.deepcopy((self._wrapped, self.optimizer), memo)
         twin = Attached(
-            self.sparsifier, model, optimizer, self.sites, self._inputs, self.state.seed
+            self.sparsifier,
+            model,
+            optimizer,
+            self.sites,
+            self._inputs,
+            self.state.seed,
+            self._validate,
         )
         twin._owned = optimizer  # nobody else may hold the copy
         memo[id(self)] = twin
@@ -261,6 +282,7 @@ class Attached:
 
         def wrapped() -> Any:
             nonlocal calls
+            self._hide()
             loss = closure()
             self._prepare(first=calls == 0)
             calls += 1
@@ -275,19 +297,38 @@ class Attached:
         if self._skipped:
             return
         if first:
+            stale = False
             while (due := self.sparsifier.needs(self.state)) is not None:
+                if stale and GRADIENT in due:
+                    raise SignalError(
+                        f"{self.sparsifier} wants a fresh gradient for every round, and a training "
+                        f"step has one: prune with pr.prune(model, method, batches=, loss=) first, "
+                        f"then attach pr.methods.fixed()"
+                    )
                 self._update(due, training=True)
+                stale = stale or GRADIENT in due
         for name, off in self._off.items():
-            grad = self._parameters[name].grad
+            grad, trained = self._parameters[name].grad, self.state.trained.get(name)
             if grad is not None:
-                grad.masked_fill_(off.to(grad.device), 0)
+                frozen = off if trained is None else ~trained
+                grad.masked_fill_(frozen.to(grad.device), 0)
+        if self.state.trained:
+            recall(self._parameters, self.state)
+            self._recalled = True
 
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        self._hide()
         self._enforce()
         if not self._skipped:
             self.state = self.state.next_step()
+
+    def _hide(self) -> None:
+        """Put what the optimizer trained although it is off back into the reserve."""
+        if self._recalled:
+            self.state = hide(self._parameters, self.state)
+            self._recalled = False
 
     # --- updates ------------------------------------------------------------------------------
 
@@ -299,6 +340,7 @@ class Attached:
             self.state.masks,
             inputs=self._inputs,
             training=training,
+            validate=self._validate,
         )
         weights = sites_.weights(self._parameters)
         result = self.sparsifier.update(self.state, self.sites, weights, collect(needs, sources))
@@ -329,7 +371,8 @@ class Attached:
                 continue
             none = torch.zeros((), dtype=torch.bool, device=parameter.device)
             changed = (none if old is None else old) ^ (none if new is None else new)
-            self._reset_moments(parameter, changed)
+            trained = state.trained.get(site.name)
+            self._reset_moments(parameter, changed if trained is None else ~trained)
             if site.name not in rewritten:
                 parameter.masked_fill_(changed, 0)
                 if parameter.grad is not None:
@@ -367,6 +410,7 @@ class Attached:
                 parameter = self._parameters[name]
                 off = ~mask.to(parameter.device)
                 self._off[name] = off
-                self._reset_moments(parameter, off)
+                trained = state.trained.get(name)
+                self._reset_moments(parameter, off if trained is None else ~trained)
         self.state = state
         self._enforce()

@@ -24,6 +24,7 @@ def to_blob(state: State) -> dict[str, Any]:
         "step": state.step,
         "round": state.round,
         "masks": {name: _pack(mask) for name, mask in state.masks.items()},
+        "trained": {name: _pack(mask) for name, mask in state.trained.items()},
         "sparsity": dict(state.sparsity),
         "statistics": {
             kind: {name: tensor.detach().cpu().clone() for name, tensor in values.items()}
@@ -41,23 +42,28 @@ def from_blob(blob: Mapping[str, Any], sites: Sequence[Site]) -> State:
             f"this prunus reads version {VERSION}"
         )
     shapes = {site.name: site.shape for site in sites}
-    masks = {}
-    for name, bits in blob["masks"].items():
+    return State(
+        seed=int(blob["seed"]),
+        step=int(blob["step"]),
+        round=int(blob["round"]),
+        masks=_unpack_all(blob["masks"], shapes),
+        sparsity=dict(blob["sparsity"]),
+        statistics={kind: dict(values) for kind, values in blob["statistics"].items()},
+        children=tuple(from_blob(child, sites) for child in blob["children"]),
+        trained=_unpack_all(blob.get("trained", {}), shapes),
+    )
+
+
+def _unpack_all(
+    packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    for name in packed:
         if name not in shapes:
             raise AttachError(
                 f"the checkpoint holds a mask for {name!r}, which is no site here; attach with "
                 f"the same include= and exclude= (sites here: {', '.join(shapes)})"
             )
-        masks[name] = _unpack(name, bits, shapes[name])
-    return State(
-        seed=int(blob["seed"]),
-        step=int(blob["step"]),
-        round=int(blob["round"]),
-        masks=masks,
-        sparsity=dict(blob["sparsity"]),
-        statistics={kind: dict(values) for kind, values in blob["statistics"].items()},
-        children=tuple(from_blob(child, sites) for child in blob["children"]),
-    )
+    return {name: _unpack(name, bits, shapes[name]) for name, bits in packed.items()}
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from prunus import sites as sites_
 from prunus.core import Masks, Sparsifier, State
+from prunus.drive.sequential import Progress, prune_sequential
 from prunus.drive.signals import Loss, Sources, collect
 from prunus.errors import SignalError
 
@@ -22,20 +23,41 @@ def prune(
     inputs: Any = None,
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    validate: Callable[[], float] | None = None,
     include: sites_.Patterns = None,
     exclude: sites_.Patterns = None,
     seed: int = 0,
+    sequential: bool = False,
+    blocks: str | None = None,
+    progress: Progress | None = None,
 ) -> Masks:
     """Run all updates of a method one after the other and zero what is off, in place.
 
     inputs: one example batch (SynFlow); batches and loss: calibration data for methods that read
-    gradients, averaged over the batches; loss(model, batch) returns a scalar. A generator is read
-    once and kept, as later rounds need it again. Returns the masks; to go on training with them,
+    gradients, averaged over the batches; loss(model, batch) returns a scalar; validate: returns the
+    loss on held-out data, for schedules that adapt to it. A generator is read
+    once and kept, as later rounds need it again. sequential: prune the blocks of a deep model one
+    after the other, each on what the pruned ones before it put out; blocks and progress: see
+    `drive.prune_sequential`. Returns the masks; to go on training with them,
     attach `methods.fixed()`. On an error the weights are as they were.
     Raises SignalError if the method has no end or misses a signal, TargetError, NotFiniteError.
     """
     if sparsifier.last is None:
         raise SignalError(f"{sparsifier} never ends by itself: attach it to an optimizer instead")
+    if sequential:
+        if batches is None:
+            raise SignalError("sequential=True runs the blocks on data: pass batches=")
+        return prune_sequential(
+            model,
+            sparsifier,
+            batches,
+            loss=loss,
+            blocks=blocks,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            progress=progress,
+        )
     model = sites_.unwrap(model)
     sites = sites_.find(model, include, exclude)
     parameters = sites_.parameters(model, sites)
@@ -47,7 +69,15 @@ def prune(
         while state.step <= sparsifier.last:
             while (needs := sparsifier.needs(state)) is not None:
                 sources = Sources(
-                    model, sites, parameters, state.masks, inputs, batches, loss, training=False
+                    model,
+                    sites,
+                    parameters,
+                    state.masks,
+                    inputs,
+                    batches,
+                    loss,
+                    training=False,
+                    validate=validate,
                 )
                 result = sparsifier.update(
                     state, sites, sites_.weights(parameters), collect(needs, sources)

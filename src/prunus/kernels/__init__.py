@@ -1,12 +1,14 @@
 """Sparse kernels for CPUs: blobs, matrix products, and the choice of instruction set."""
 
-from prunus.kernels import reference
+from prunus.kernels import addresses, reference
 from prunus.kernels.blob import BlobInfo, info, pack, unpack, validate
 from prunus.kernels.face import (
+    ACTIVATIONS,
     FALLBACK,
-    RELU,
     active_isa,
     available_isas,
+    conv2d,
+    conv_ptr,
     linear,
     linear_ptr,
     matmul_planes,
@@ -14,13 +16,19 @@ from prunus.kernels.face import (
     table,
     transpose,
 )
+from prunus.kernels.geometry import Geometry, conv_block
 
 __all__ = [
+    "ACTIVATIONS",
     "FALLBACK",
-    "RELU",
     "BlobInfo",
+    "Geometry",
     "active_isa",
+    "addresses",
     "available_isas",
+    "conv2d",
+    "conv_block",
+    "conv_ptr",
     "info",
     "linear",
     "linear_ptr",

@@ -7,43 +7,48 @@ from typing import Any
 import numpy as np
 
 from prunus.errors import ShapeError, ValueRangeError
+from prunus.kernels import addresses, loader, reference
 from prunus.kernels import blob as blobs
-from prunus.kernels import loader, reference
+from prunus.kernels.geometry import Geometry
 
-RELU = reference.RELU
+ACTIVATIONS = reference.ACTIVATIONS
 FALLBACK = "numpy"
 
 _native: Any = loader.load()
 
-# Trusted, pointer-level calls: the blob must have passed `validate`; see `linear_ptr` in reference.
-linear_ptr = _native.linear_ptr if _native else reference.linear_ptr
-planes_ptr = _native.planes_ptr if _native else reference.planes_ptr
+# Trusted, pointer-level calls: the blob must have passed `validate`; see `addresses`.
+linear_ptr = _native.linear_ptr if _native else addresses.linear_ptr
+planes_ptr = _native.planes_ptr if _native else addresses.planes_ptr
+conv_ptr = _native.conv_ptr if _native else addresses.conv_ptr
 
 
 def linear(
     blob: np.ndarray,
     x: np.ndarray,
     bias: np.ndarray | None = None,
-    relu: bool = False,
+    activation: str = "",
     threads: int = 1,
     isa: str | None = None,
+    residual: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Y[N, M] = X[N, K]·Wᵀ + bias[M], then ReLU if asked; float32.
+    """Y[N, M] = activation(X[N, K]·Wᵀ + bias[M] + residual[N, M]); float32.
 
-    Only stored values contribute, so NaN in X under a zero weight does not spread. The result
-    does not depend on `threads`. Copies X unless it is C-contiguous. Raises ShapeError,
-    ValueRangeError, FormatError (header); contents must have passed `validate`.
+    activation: a name of ACTIVATIONS. Only stored values contribute, so NaN in X under a zero
+    weight does not spread. The result does not depend on `threads`. Copies X unless it is
+    C-contiguous. Raises ShapeError, ValueRangeError, FormatError (header); contents must have
+    passed `validate`.
     """
     head = blobs.info(blob)
-    x, bias = _checked(x, bias, head, 1, threads)
+    x, bias, flags = _checked(x, bias, head, 1, threads, activation)
     x = np.require(x, np.float32, ["C", "A"])
+    residual = _residual(residual, (len(x), head.rows))
     chosen = _isa_index(isa)
     if _native is None or chosen is None:
-        return reference.linear(blob, x, bias, relu)
+        return reference.linear(blob, x, bias, activation, residual)
     y = np.empty((x.shape[0], head.rows), np.float32)
     _native.linear_ptr(
-        _address(blob), _address(x), _address(y), len(x), _address(bias), RELU * relu, threads,
-        chosen,
+        _address(blob), _address(x), _address(y), len(x), _address(bias), flags, threads, chosen,
+        _address(residual),
     )  # fmt: skip
     return y
 
@@ -52,28 +57,69 @@ def matmul_planes(
     blob: np.ndarray,
     x: np.ndarray,
     bias: np.ndarray | None = None,
-    relu: bool = False,
+    activation: str = "",
     threads: int = 1,
     isa: str | None = None,
+    residual: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Y[M, N] = W·X[K, N] + bias[M] down the columns (a 1×1 convolution over N pixels).
+    """Y[M, N] = activation(W·X[K, N] + bias[M] + residual[M, N]), bias down the columns.
 
     X may have a row stride; it is copied if its columns are not next to each other. Otherwise as
     `linear`.
     """
     head = blobs.info(blob)
-    x, bias = _checked(x, bias, head, 0, threads)
+    x, bias, flags = _checked(x, bias, head, 0, threads, activation)
     if not _row_strided(x):
         x = np.require(x, np.float32, ["C", "A"])
+    n = x.shape[1]
+    residual = _residual(residual, (head.rows, n))
     chosen = _isa_index(isa)
     if _native is None or chosen is None:
-        return reference.matmul_planes(blob, x, bias, relu)
-    n = x.shape[1]
+        return reference.matmul_planes(blob, x, bias, activation, residual)
     ldx = x.strides[0] // 4 if x.shape[0] > 1 and n else n
     y = np.empty((head.rows, n), np.float32)
     _native.planes_ptr(
-        _address(blob), _address(x), _address(y), n, _address(bias), RELU * relu, threads,
-        ldx, n, chosen,
+        _address(blob), _address(x), _address(y), n, _address(bias), flags, threads,
+        ldx, n, chosen, _address(residual),
+    )  # fmt: skip
+    return y
+
+
+def conv2d(
+    blob: np.ndarray,
+    x: np.ndarray,
+    geometry: Geometry,
+    bias: np.ndarray | None = None,
+    activation: str = "",
+    threads: int = 1,
+    isa: str | None = None,
+    residual: np.ndarray | None = None,
+) -> np.ndarray:
+    """Y[B, M, ...] = activation(W * X[B, C, H, W] + bias[M] + residual), without unfolding X.
+
+    blob: of the weight [M, C / groups · kernel height · kernel width], best packed with
+    `block=conv_block(kernel, stride)`. Row m of group g sees the channels of group g. Otherwise as
+    `linear`.
+    """
+    head = blobs.info(blob)
+    if x.shape != (geometry.batch, geometry.channels, *geometry.size):
+        raise ShapeError(f"x has shape {list(x.shape)}, the geometry is {geometry}")
+    if head.cols != geometry.columns or head.rows % geometry.groups:
+        raise ShapeError(
+            f"the weight is {head.rows}x{head.cols}; the geometry wants {geometry.columns} columns "
+            f"and a multiple of {geometry.groups} rows"
+        )
+    bias, flags = _options(x, bias, head, threads, activation)
+    x = np.require(x, np.float32, ["C", "A"])
+    out = (geometry.batch, head.rows, *geometry.out_size)
+    residual = _residual(residual, out)
+    chosen = _isa_index(isa)
+    if _native is None or chosen is None:
+        return reference.conv2d(blob, x, geometry, bias, activation, residual)
+    y = np.empty(out, np.float32)
+    _native.conv_ptr(
+        _address(blob), _address(x), _address(y), geometry.numbers(), _address(bias), flags,
+        threads, chosen, _address(residual),
     )  # fmt: skip
     return y
 
@@ -106,6 +152,7 @@ def table() -> tuple[dict[str, str], ...]:
     return (
         {"name": "linear", "layout": "tokens", "description": "NumPy: Y[N, M] = X[N, K] W^T"},
         {"name": "planes", "layout": "planes", "description": "NumPy: Y[M, N] = W X[K, N]"},
+        {"name": "conv", "layout": "conv", "description": "NumPy: Y[B, M, P] = W * X[B, C, H, W]"},
     )
 
 
@@ -122,20 +169,47 @@ def _isa_index(isa: str | None) -> int | None:
 
 
 def _checked(
-    x: np.ndarray, bias: np.ndarray | None, head: blobs.BlobInfo, axis: int, threads: int
-) -> tuple[np.ndarray, np.ndarray | None]:
+    x: np.ndarray,
+    bias: np.ndarray | None,
+    head: blobs.BlobInfo,
+    axis: int,
+    threads: int,
+    activation: str,
+) -> tuple[np.ndarray, np.ndarray | None, int]:
     wanted = "[N, K]" if axis else "[K, N]"
     if x.ndim != 2 or x.shape[axis] != head.cols:
         raise ShapeError(f"x has shape {list(x.shape)}; expected {wanted} with K = {head.cols}")
+    return x, *_options(x, bias, head, threads, activation)
+
+
+def _options(
+    x: np.ndarray, bias: np.ndarray | None, head: blobs.BlobInfo, threads: int, activation: str
+) -> tuple[np.ndarray | None, int]:
+    """(bias, flags), checked with the rest of what all kernels share."""
     if x.dtype != np.float32:
         raise ValueRangeError(f"x is {x.dtype}; convert it with x.astype(np.float32)")
     if threads < 1:
         raise ValueRangeError(f"threads = {threads}; at least 1 is needed")
-    if bias is None:
-        return x, None
-    if bias.shape != (head.rows,) or bias.dtype != np.float32:
-        raise ShapeError(f"bias is {bias.dtype} {list(bias.shape)}; expected float32 [{head.rows}]")
-    return x, np.require(bias, np.float32, ["C", "A"])
+    if activation not in ACTIVATIONS:
+        raise ValueRangeError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    if bias is not None:
+        if bias.shape != (head.rows,) or bias.dtype != np.float32:
+            raise ShapeError(
+                f"bias is {bias.dtype} {list(bias.shape)}; expected float32 [{head.rows}]"
+            )
+        bias = np.require(bias, np.float32, ["C", "A"])
+    return bias, ACTIVATIONS[activation]
+
+
+def _residual(residual: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The residual, contiguous, if its shape is that of the result."""
+    if residual is None:
+        return None
+    if residual.shape != shape or residual.dtype != np.float32:
+        raise ShapeError(
+            f"residual is {residual.dtype} {list(residual.shape)}; expected float32 {list(shape)}"
+        )
+    return np.require(residual, np.float32, ["C", "A"])
 
 
 def _row_strided(x: np.ndarray) -> bool:

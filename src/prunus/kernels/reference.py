@@ -6,41 +6,131 @@ effect. Sums run in float64 and are rounded once.
 
 from __future__ import annotations
 
-import ctypes
+import math
+from collections.abc import Callable
 
 import numpy as np
 
-from prunus.errors import ValueRangeError
 from prunus.kernels import blob as blobs
+from prunus.kernels.geometry import Geometry
 
-RELU = 1
+ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 4, "silu": 8}
 _CHUNK = 1 << 20  # elements of a temporary product
+_erfc = np.frompyfunc(math.erfc, 1, 1)
+
+
+def _gated(x: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """X / (1 + e^-u) with its limit 0 at minus infinity."""
+    return np.maximum(x, -1e4) / (1 + np.exp(-u))
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    """X times the normal distribution (Hendrycks and Gimpel, 2016, arXiv 1606.08415)."""
+    x = np.maximum(x, -1e4)
+    return 0.5 * x * np.asarray(_erfc(-x / math.sqrt(2)), np.float64)
+
+
+_FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": _gelu,
+    "gelu_tanh": lambda x: _gated(x, math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
+    "silu": lambda x: _gated(x, x),
+}
 
 
 def linear(
-    blob: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None, relu: bool = False
+    blob: np.ndarray,
+    x: np.ndarray,
+    bias: np.ndarray | None = None,
+    activation: str = "",
+    residual: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Y[N, M] = X[N, K]·Wᵀ + bias[M], then ReLU if asked."""
-    return np.ascontiguousarray(matmul_planes(blob, x.T, bias, relu).T)
+    """Y[N, M] = activation(X[N, K]·Wᵀ + bias[M] + residual[N, M])."""
+    added = None if residual is None else residual.T
+    return np.ascontiguousarray(matmul_planes(blob, x.T, bias, activation, added).T)
 
 
 def matmul_planes(
-    blob: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None, relu: bool = False
+    blob: np.ndarray,
+    x: np.ndarray,
+    bias: np.ndarray | None = None,
+    activation: str = "",
+    residual: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Y[M, N] = W·X[K, N] + bias[M] down the columns, then ReLU if asked."""
+    """Y[M, N] = activation(W·X[K, N] + bias[M] + residual[M, N]), bias down the columns."""
     views = blobs.sections(blob)
     total = np.zeros((views.info.rows, x.shape[1]))
     rows, columns = views.rows_and_columns()
-    step = max(1, _CHUNK // max(1, x.shape[1]))
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            weights = views.values[part].astype(np.float64)
-            _add_runs(total, rows[part], weights[:, None] * x[columns[part]])
+        _add_product(total, rows, columns, views.values, x)
+    return _finished(total, bias, activation, residual)
+
+
+def conv2d(
+    blob: np.ndarray,
+    x: np.ndarray,
+    geometry: Geometry,
+    bias: np.ndarray | None = None,
+    activation: str = "",
+    residual: np.ndarray | None = None,
+) -> np.ndarray:
+    """Y[B, M, ...] = activation(W * X[B, C, H, W] + bias[M] + residual) through unfolded images."""
+    views = blobs.sections(blob)
+    rows, columns = views.rows_and_columns()
+    out = np.empty((geometry.batch, views.info.rows, *geometry.out_size), np.float32)
+    pixels = geometry.out_size[0] * geometry.out_size[1]
+    group_rows = max(1, views.info.rows // geometry.groups)
+    top, bottom, left, right = geometry.padding
+    for image, y in enumerate(out):
+        padded = np.pad(x[image], ((0, 0), (top, bottom), (left, right)))
+        seen = _unfolded(padded, geometry).reshape(geometry.groups, geometry.columns, pixels)
+        total = np.zeros((views.info.rows, pixels))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for group in range(geometry.groups):
+                own = rows // group_rows == group
+                _add_product(total, rows[own], columns[own], views.values[own], seen[group])
+        added = None if residual is None else residual[image].reshape(total.shape)
+        y[...] = _finished(total, bias, activation, added).reshape(y.shape)
+    return out
+
+
+def _unfolded(padded: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """[C, kernel height, kernel width, out height, out width] of a padded image."""
+    height, width = geometry.out_size
+    seen = np.empty((len(padded), *geometry.kernel, height, width), np.float32)
+    for i in range(geometry.kernel[0]):
+        for j in range(geometry.kernel[1]):
+            row, column = i * geometry.dilation[0], j * geometry.dilation[1]
+            seen[:, i, j] = padded[
+                :,
+                row : row + (height - 1) * geometry.stride[0] + 1 : geometry.stride[0],
+                column : column + (width - 1) * geometry.stride[1] + 1 : geometry.stride[1],
+            ]
+    return seen
+
+
+def _add_product(
+    total: np.ndarray, rows: np.ndarray, columns: np.ndarray, values: np.ndarray, x: np.ndarray
+) -> None:
+    """total[rows] += values * x[columns], a bounded piece at a time."""
+    step = max(1, _CHUNK // max(1, x.shape[1]))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        weights = values[part].astype(np.float64)
+        _add_runs(total, rows[part], weights[:, None] * x[columns[part]])
+
+
+def _finished(
+    total: np.ndarray, bias: np.ndarray | None, activation: str, residual: np.ndarray | None
+) -> np.ndarray:
+    """Bias [M], residual and activation on float64 [M, N], rounded to float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
         if bias is not None:
             total += bias[:, None]
-        out = total.astype(np.float32)
-    return np.maximum(out, np.float32(0)) if relu else out
+        if residual is not None:
+            total += residual
+        return _FUNCTIONS[activation](total).astype(np.float32)
 
 
 def _add_runs(total: np.ndarray, rows: np.ndarray, products: np.ndarray) -> None:
@@ -56,72 +146,3 @@ def transpose(blob: np.ndarray) -> np.ndarray:
     order = np.lexsort((rows, columns))
     shape = (views.info.cols, views.info.rows)
     return blobs.assemble(shape, columns[order], rows[order], views.values[order])
-
-
-def linear_ptr(
-    blob_ptr: int,
-    x_ptr: int,
-    y_ptr: int,
-    n: int,
-    bias_ptr: int = 0,
-    flags: int = 0,
-    threads: int = 1,
-) -> None:
-    """`linear` over raw addresses: x float32 [n, K], y float32 [n, M], both contiguous."""
-    blob, bias = _blob_at(blob_ptr, n, threads), None
-    head = blobs.info(blob)
-    if bias_ptr:
-        bias = _floats(bias_ptr, (head.rows,))
-    x, y = _floats(x_ptr, (n, head.cols)), _floats(y_ptr, (n, head.rows))
-    y[...] = linear(blob, x, bias, bool(flags & RELU))
-
-
-def planes_ptr(
-    blob_ptr: int,
-    x_ptr: int,
-    y_ptr: int,
-    n: int,
-    bias_ptr: int,
-    flags: int,
-    threads: int,
-    ldx: int,
-    ldy: int,
-) -> None:
-    """`matmul_planes` over raw addresses: x [K, n] and y [M, n] with row strides ldx and ldy."""
-    blob, bias = _blob_at(blob_ptr, n, threads), None
-    head = blobs.info(blob)
-    if ldx < n or ldy < n:
-        raise ValueRangeError(f"row strides {ldx} and {ldy} are smaller than n = {n}")
-    if bias_ptr:
-        bias = _floats(bias_ptr, (head.rows,))
-    x, y = _strided(x_ptr, head.cols, n, ldx), _strided(y_ptr, head.rows, n, ldy)
-    y[...] = matmul_planes(blob, x, bias, bool(flags & RELU))
-
-
-def _blob_at(address: int, n: int, threads: int) -> np.ndarray:
-    if n < 0 or threads < 1:
-        raise ValueRangeError(f"n = {n} and threads = {threads}: n >= 0 and threads >= 1 needed")
-    head = _bytes_at(address, 64)
-    rows, _, nnz = (int(v) for v in head[8:32].view("<u8"))
-    blocks = int(head[36:40].view("<u4")[0])
-    return _bytes_at(address, blobs.blob_bytes(rows, blocks, nnz))
-
-
-def _bytes_at(address: int, count: int) -> np.ndarray:
-    if address <= 0:
-        raise ValueRangeError("a null pointer was given")
-    return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address))
-
-
-def _floats(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    count = int(np.prod(shape, dtype=np.int64))
-    if not count:
-        return np.zeros(shape, np.float32)
-    return _bytes_at(address, 4 * count).view(np.float32).reshape(shape)
-
-
-def _strided(address: int, rows: int, n: int, stride: int) -> np.ndarray:
-    if not rows or not n:
-        return np.zeros((rows, n), np.float32)
-    flat = _floats(address, ((rows - 1) * stride + n,))
-    return np.lib.stride_tricks.as_strided(flat, (rows, n), (4 * stride, 4))

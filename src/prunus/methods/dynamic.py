@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from prunus import allocations, growth, schedules, scores
+from prunus.combine import then
 from prunus.compose import compose
-from prunus.core import Allocation, Sparsifier, Structure
+from prunus.core import GRADIENT, Allocation, Score, Sparsifier, Structure
+from prunus.methods.pruning import gradual_magnitude
 
 
 def set_(
@@ -62,3 +67,162 @@ def rigl(
         initial=scores.random(),
         name=f"rigl({sparsity:g}, steps={steps}, every={every})",
     )
+
+
+def itop(
+    sparsity: float,
+    steps: int,
+    *,
+    grow: Literal["random", "gradient"] = "gradient",
+    every: int | None = None,
+    fraction: float = 0.5,
+    allocation: Allocation | None = None,
+) -> Sparsifier:
+    """In-time over-parameterization: SET or RigL that explore more, by longer waits and big moves.
+
+    What counts is the share of all weights that were on at least once before the training ends;
+    weights need time between moves to grow. Defaults: 1500 steps for random and 4000 for gradient
+    growth, but at least ten moves; 0.5, decayed by a cosine; erk; moves until the end.
+    Source: Liu, Yin, Mocanu, Pechenizkiy 2021, arXiv 2102.02887.
+    """
+    pause = every or max(1, min(1500 if grow == "random" else 4000, steps // 10))
+    turnover = growth.cosine(fraction, steps)
+    return compose(
+        scores.magnitude(),
+        allocation=allocation or allocations.erk(),
+        schedule=schedules.constant(sparsity, pause, steps),
+        grow=growth.random(turnover) if grow == "random" else growth.gradient(turnover),
+        initial=scores.random(),
+        name=f"itop({sparsity:g}, steps={steps}, grow={grow}, every={pause})",
+    )
+
+
+def sparse_momentum(
+    sparsity: float,
+    steps: int,
+    *,
+    every: int = 100,
+    fraction: float = 0.5,
+    structure: Structure | None = None,
+    allocation: Allocation | None = None,
+) -> Sparsifier:
+    """Sparse momentum (SNFS): drop the smallest |w|, grow by average gradient, sites share anew.
+
+    every: steps between moves (the paper: one epoch); fraction: of a site's weights that is dropped
+    at first, decayed by a cosine. The average gradient is dense. Defaults: uniform, 0.5.
+    Source: Dettmers & Zettlemoyer 2019, arXiv 1907.04840, algorithm 2.
+    Differs: the average is kept beside the optimizer's, with a decay of 0.9, so that any optimizer
+    will do; weights that were dropped in a move are not grown in it.
+    """
+    return compose(
+        scores.magnitude(),
+        structure=structure,
+        allocation=allocation or allocations.uniform(),
+        schedule=schedules.constant(sparsity, every, steps),
+        grow=growth.momentum(growth.cosine(fraction, steps)),
+        initial=scores.random(),
+        name=f"sparse_momentum({sparsity:g}, steps={steps}, every={every})",
+    )
+
+
+def granet(
+    sparsity: float,
+    steps: int,
+    *,
+    every: int = 100,
+    fraction: float = 0.5,
+    initial: float = 0.0,
+    stop: float = 0.75,
+    structure: Structure | None = None,
+    allocation: Allocation | None = None,
+) -> Sparsifier:
+    """GraNet: prune gradually by |w|, and after each step regenerate where |dL/dw| is largest.
+
+    The sparsity rises by the cubic schedule; on top, `fraction` (decayed by a cosine) of what is
+    kept is exchanged, which costs nothing. initial: sparsity at the start (0: dense to sparse; the
+    paper's sparse to sparse starts at 0.5). Default allocation: global_.
+    Source: Liu, Chen, Chen, Atashgahi, Yin, Kou, Shen, Pechenizkiy, Wang, Mocanu 2021,
+    arXiv 2106.10404.
+    Differs: where it starts sparse, the first mask is random over all sites alike, not erk.
+    """
+    end = max(1, int(steps * stop))
+    return compose(
+        scores.magnitude(),
+        structure=structure,
+        allocation=allocation or allocations.global_(),
+        schedule=schedules.cubic(sparsity, 0, end, every, initial=initial),
+        grow=growth.gradient(growth.cosine(fraction, end)),
+        initial=scores.random() if initial else None,
+        name=f"granet({sparsity:g}, steps={steps}, every={every})",
+    )
+
+
+def mest(
+    sparsity: float,
+    steps: int,
+    *,
+    every: int = 100,
+    fraction: float = 0.3,
+    gradient: float = 0.01,
+    stop: float = 0.75,
+    structure: Structure | None = None,
+    allocation: Allocation | None = None,
+) -> Sparsifier:
+    """MEST with elastic mutation: drop the smallest |w| + gradient |dL/dw|, grow at random.
+
+    Only gradients of what is kept are read, so the training stays sparse throughout. gradient: the
+    weight of the gradient. fraction: exchanged at first, decreasing to 0. Default: uniform.
+    Source: Yuan et al. 2021, arXiv 2110.14032.
+    Differs: the fraction decays by a cosine instead of in stages; without the soft memory bound.
+    """
+    end = max(1, int(steps * stop))
+    score = Score(
+        f"mest({gradient:g})",
+        lambda w, at: w.abs() + gradient * at[GRADIENT].abs().to(w.dtype),
+        frozenset({GRADIENT}),
+    )
+    return compose(
+        score,
+        structure=structure,
+        allocation=allocation or allocations.uniform(),
+        schedule=schedules.constant(sparsity, every, end),
+        grow=growth.random(growth.cosine(fraction, end)),
+        initial=scores.random(),
+        name=f"mest({sparsity:g}, steps={steps}, every={every})",
+    )
+
+
+def nest(
+    sparsity: float,
+    steps: int,
+    *,
+    every: int = 100,
+    seed_sparsity: float = 0.95,
+    peak_sparsity: float = 0.6,
+    grown: float = 0.4,
+    structure: Structure | None = None,
+    allocation: Allocation | None = None,
+) -> Sparsifier:
+    """NeST: grow connections from a sparse seed by |dL/dw|, then prune by magnitude.
+
+    seed_sparsity: of the random seed; peak_sparsity: where growth ends, after the share `grown` of
+    the training; then gradual magnitude pruning to `sparsity`. With structure=channel(0) whole
+    neurons are grown: those with the largest summed |dL/dw|. Default allocation: uniform.
+    Source: Dai, Yin, Jha 2018, arXiv 1711.02017.
+    Differs: neurons come from the network's own width and start at zero; the paper's bridging
+    gradient between layers l - 1 and l + 1 is not formed.
+    """
+    turn = max(1, int(steps * grown))
+    allocation = allocation or allocations.uniform()
+    up = compose(
+        scores.magnitude(),
+        structure=structure,
+        allocation=allocation,
+        schedule=schedules.linear(peak_sparsity, 0, turn - 1, every, initial=seed_sparsity),
+        grow=growth.gradient(growth.fixed(0.0)),
+        initial=scores.random(),
+    )
+    down = gradual_magnitude(
+        sparsity, max(1, steps - turn), structure=structure, allocation=allocation
+    )
+    return replace(then(up, turn, down), name=f"nest({sparsity:g}, steps={steps}, every={every})")

@@ -120,8 +120,6 @@ def refusal(module: nn.Module, owners: Mapping[int, list[str]], calls: Mapping[C
         reason = f"its weight is {weight.dtype} on {weight.device}, kernels take float32 on the CPU"
     elif len(owners.get(id(weight), ())) > 1:
         reason = f"its weight is shared by {', '.join(owners[id(weight)])}"
-    elif isinstance(module, nn.Conv2d) and module.groups != 1:
-        reason = f"grouped convolution (groups={module.groups})"
     elif weight.numel() == 0:
         reason = "its weight is empty"
     elif not calls:

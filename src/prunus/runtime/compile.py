@@ -12,11 +12,12 @@ from torch import nn
 
 from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
-from prunus.runtime import candidates
-from prunus.runtime.candidates import Call
+from prunus.runtime import candidates, fuse
+from prunus.runtime.candidates import Call, Calls
 from prunus.runtime.measure import interleaved, machine, thread_count
 from prunus.runtime.plan import DENSE, SPARSE, Layer, Plan, Row
-from prunus.runtime.verify import expect_same, same_randomness
+from prunus.runtime.verify import difference, expect_same, same_randomness
+from prunus.runtime.weight import PackedWeight
 from prunus.sites import unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -47,7 +48,10 @@ def compile(
     example_inputs: a tensor, a tuple of positional or a mapping of named inputs, of the shapes that
     will be used. Each nn.Linear and nn.Conv2d at `minimum_sparsity` or more is timed against its
     packed twin on its real input shapes, then the whole model against the dense one; what does not
-    win stays dense. A model with convolutions takes the faster memory format, too. threads: what to measure with (None: torch.get_num_threads()).
+    win stays dense. A model with convolutions takes the faster memory format, too. Before that a
+    batch norm that directly follows a layer is folded into it, and an activation (ReLU, GELU, SiLU)
+    that follows a packed layer is fused; both become nn.Identity.
+    threads: what to measure with (None: torch.get_num_threads()).
     choose(layer) -> "csr" or "dense" decides instead of the clock; `Plan.choose` is one.
     The copy is in eval mode and its parameters want no gradients; the original is untouched. The
     plan is its attribute `plan` (`prunus_plan` if the model has a `plan` of its own).
@@ -59,10 +63,18 @@ def compile(
     if threads < 1:
         raise ValueRangeError(f"threads is {threads}, expected at least 1 or None")
     with thread_count(threads), torch.no_grad():
-        plan, twins = _decide(model, example_inputs, threads, minimum_sparsity, choose)
-        if verify or choose is None:
-            plan, twins = _whole(model, example_inputs, plan, twins, verify, choose is None)
-    final = _assemble(model, twins, share=False).requires_grad_(False)
+        with same_randomness():
+            calls = candidates.record(_assemble(model, {}, share=True), example_inputs)
+        base, chains = _folded(model, example_inputs, calls)
+        plan, twins = _decide(base, calls, threads, minimum_sparsity, choose)
+        swaps = _fused(base, example_inputs, twins, chains)
+        if verify and swaps:
+            dense, sparse = (_assemble(*form, share=True) for form in ((model, {}), (base, swaps)))
+            expect_same(dense, sparse, twins, example_inputs, _assemble(base, {}, share=True))
+        if choose is None:
+            plan, swaps = _whole(base, example_inputs, plan, swaps)
+    plan = dataclasses.replace(plan, rows=_annotated(plan.rows, chains, swaps))
+    final = _assemble(base, swaps, share=False).requires_grad_(False)
     if plan.layout == LAST:
         final.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     taken = not isinstance(getattr(model, "plan", plan), Plan)
@@ -88,12 +100,53 @@ def _assemble(model: M, twins: Mapping[str, nn.Module], *, share: bool) -> M:
     return copy.deepcopy(model, memo).eval()
 
 
+def _folded(model: M, example: Any, calls: Calls) -> tuple[M, list[fuse.Chain]]:
+    """The model with batch norms folded in, and what follows each layer; as it is if that fails."""
+    with same_randomness():
+        chains = fuse.chains(_assemble(model, {}, share=True), example, calls)
+    swapped = fuse.folded(chains, model)
+    if not swapped:
+        return model, chains
+    base = _assemble(model, swapped, share=True)
+    dense = _assemble(model, {}, share=True)
+    # A trace may have missed a dependence of the model on its input.
+    return (base, chains) if difference(dense, base, example) is None else (model, [])
+
+
+def _fused(
+    model: nn.Module, example: Any, twins: Mapping[str, nn.Module], chains: list[fuse.Chain]
+) -> dict[str, nn.Module]:
+    """Twins with activations, and nn.Identity in their places; plain twins if that fails."""
+    swaps = dict(twins)
+    for chain in chains:
+        twin = twins.get(chain.layer)
+        if chain.activation and isinstance(twin, PackedWeight):
+            name = fuse.activation_name(model.get_submodule(chain.activation))
+            swaps |= {chain.layer: twin.with_activation(name), chain.activation: nn.Identity()}
+    if len(swaps) == len(twins):
+        return swaps
+    forms = (_assemble(model, {}, share=True), _assemble(model, swaps, share=True))
+    return swaps if difference(*forms, example) is None else dict(twins)
+
+
+def _annotated(
+    rows: tuple[Row, ...], chains: list[fuse.Chain], swaps: Mapping[str, nn.Module]
+) -> tuple[Row, ...]:
+    """The rows with what their layers do besides."""
+    fused: dict[str, str] = {}
+    for chain in chains:
+        layer = swaps.get(chain.layer)
+        parts = ["batch norm"] if chain.norm else []
+        if isinstance(layer, PackedWeight) and layer.activation:
+            parts.append(layer.activation)
+        fused[chain.layer] = ", ".join(parts)
+    return tuple(dataclasses.replace(row, fused=fused.get(row.name, "")) for row in rows)
+
+
 def _decide(
-    model: nn.Module, example: Any, threads: int, minimum: float, choose: Choose | None
+    model: nn.Module, calls: Calls, threads: int, minimum: float, choose: Choose | None
 ) -> tuple[Plan, dict[str, nn.Module]]:
     """The plan layer by layer, and {name: sparse twin} of the layers that won."""
-    with same_randomness():
-        calls = candidates.record(_assemble(model, {}, share=True), example)
     owners = candidates.tied_owners(model)
     rows: list[Row] = []
     twins: dict[str, nn.Module] = {}
@@ -119,9 +172,12 @@ def _decide(
     return Plan(tuple(rows), threads, kernels.active_isa(), machine(), reason), twins
 
 
-def _row(layer: Layer, choice: str, reason: str, **times: float) -> Row:
-    """A row of the plan."""
-    return Row(layer.name, layer.kind, layer.shape, layer.sparsity, choice, reason, **times)
+def _row(
+    layer: Layer, choice: str, reason: str, sparse: float | None = None, dense: float | None = None
+) -> Row:
+    """A row of the plan; times in seconds."""
+    facts = (layer.name, layer.kind, layer.shape, layer.sparsity)
+    return Row(*facts, choice, reason, sparse, dense)
 
 
 def _chosen(choose: Choose, layer: Layer) -> str:
@@ -156,8 +212,8 @@ def _measured(layer: Layer, module: nn.Module, calls: Mapping[Call, int]) -> tup
     against = "dense" if best == "dense" else f"dense ({best})"
     wins = ratio >= MARGIN
     reason = f"{ratio:.2f}x {against}" + ("" if wins else f", below {MARGIN}x")
-    times = {"sparse_seconds": sparse_seconds, "dense_seconds": dense_seconds}
-    return _row(layer, SPARSE if wins else DENSE, reason, **times), twin
+    choice = SPARSE if wins else DENSE
+    return _row(layer, choice, reason, sparse_seconds, dense_seconds), twin
 
 
 def _channels_last(x: Any) -> Any:
@@ -177,17 +233,13 @@ def _whole(
     example: Any,
     plan: Plan,
     twins: dict[str, nn.Module],
-    verify: bool,
-    timed: bool,
 ) -> tuple[Plan, dict[str, nn.Module]]:
-    """Verify the sparse model, then time all forms of the whole; the fastest one is the plan."""
-    dense = _assemble(model, {}, share=True)
-    forms = {"dense": dense} | ({"sparse": _assemble(model, twins, share=True)} if twins else {})
-    if verify and twins:
-        expect_same(dense, forms["sparse"], twins, example)
+    """Time all forms of the whole; the fastest one is the plan."""
+    forms = {"dense": _assemble(model, {}, share=True)}
+    forms |= {"sparse": _assemble(model, twins, share=True)} if twins else {}
     if any(row.kind == "conv2d" for row in plan.rows):
         forms |= {f"{name} {LAST}": _in_channels_last(form) for name, form in forms.items()}
-    if not timed or len(forms) == 1:
+    if len(forms) == 1:
         return plan, twins
     runs = {name: _bound(form, example) for name, form in forms.items()}
     with same_randomness():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunus import kernels
 from prunus.errors import ShapeError
-from prunus.runtime.ops import blob_array, linear_planes, linear_rows, planes_into
+from prunus.runtime.ops import blob_array, convolved, geometry_of, linear_rows
 from prunus.runtime.weight import PackedWeight, check_blob, pack_weight
 
 Pair = tuple[int, int]
@@ -32,7 +32,7 @@ class SparseLinear(PackedWeight):
         return cls(pack_weight(module.weight), _copied(module.bias))
 
     def to_dense(self) -> nn.Linear:
-        """The same layer as nn.Linear, in eval mode."""
+        """The same layer as nn.Linear, in eval mode, without a fused activation."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         return _filled(dense, self)
 
@@ -45,9 +45,12 @@ class SparseLinear(PackedWeight):
             )
         source, packed, bias = self._operands(x)
         if self._direct(source, bias):
-            y = linear_rows(source.contiguous(), packed, bias, self.out_features, 0)
+            flags = kernels.ACTIVATIONS[self.activation]
+            y = linear_rows(source.contiguous(), packed, bias, self.out_features, flags)
         else:
-            y = torch.ops.prunus.sparse_linear(source, packed, bias, self.out_features, False)
+            y = torch.ops.prunus.sparse_linear(
+                source, packed, bias, self.out_features, self.activation
+            )
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -57,10 +60,7 @@ class SparseLinear(PackedWeight):
 
 
 class SparseConv2d(PackedWeight):
-    """A 2-d convolution (groups = 1) as a sparse product over the pixels; see PackedWeight.
-
-    1x1: W [O, C] times the planes of each image; k x k: W [O, C·k·k] times the unfolded image.
-    """
+    """A direct 2-d convolution with W [O, C/groups·kh·kw] packed; see PackedWeight."""
 
     def __init__(
         self,
@@ -72,39 +72,40 @@ class SparseConv2d(PackedWeight):
         padding: int | Pair | str = 0,
         dilation: int | Pair = 1,
         padding_mode: PaddingMode = "zeros",
+        groups: int = 1,
     ) -> None:
-        """Take a blob over [out_channels, in_channels·kh·kw]; the rest as in nn.Conv2d."""
+        """Take a blob over [out_channels, in_channels/groups·kh·kw]; the rest as in nn.Conv2d."""
         window = _pair(kernel_size)
         rows, columns = check_blob(packed, "packed")
         channels, remainder = divmod(columns, window[0] * window[1])
         if remainder:
             raise ShapeError(f"{columns} columns do not divide by the kernel {window}")
+        if groups < 1 or rows % groups:
+            raise ShapeError(f"{rows} output channels do not divide into {groups} groups")
         super().__init__(packed, bias, (rows, channels, *window))
-        self.out_channels, self.in_channels, self.kernel_size = rows, channels, window
+        self.out_channels, self.in_channels, self.kernel_size = rows, channels * groups, window
         self.stride, self.dilation = _pair(stride), _pair(dilation)
         self.padding = padding if isinstance(padding, str) else _pair(padding)
         self.padding_mode: PaddingMode = padding_mode
-        self.groups = 1
+        self.groups = groups
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d) -> SparseConv2d:
-        """Pack the non-zeros of a dense convolution; ShapeError for groups > 1."""
-        if module.groups != 1:
-            raise ShapeError(
-                f"a convolution with groups={module.groups} cannot run packed; keep it dense"
-            )
+        """Pack the non-zeros of a dense convolution."""
+        window, stride = _pair(module.kernel_size), _pair(module.stride)
         return cls(
-            pack_weight(module.weight),
+            pack_weight(module.weight, kernels.conv_block(window, stride)),
             _copied(module.bias),
-            kernel_size=_pair(module.kernel_size),
-            stride=_pair(module.stride),
+            kernel_size=window,
+            stride=stride,
             padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
             dilation=_pair(module.dilation),
             padding_mode=cast(PaddingMode, module.padding_mode),
+            groups=module.groups,
         )
 
     def to_dense(self) -> nn.Conv2d:
-        """The same layer as nn.Conv2d, in eval mode."""
+        """The same layer as nn.Conv2d, in eval mode, without a fused activation."""
         dense = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -112,6 +113,7 @@ class SparseConv2d(PackedWeight):
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
+            groups=self.groups,
             bias=self.bias is not None,
             padding_mode=self.padding_mode,
             device="meta",
@@ -128,48 +130,26 @@ class SparseConv2d(PackedWeight):
             )
         source, packed, bias = self._operands(x)
         source, padding = self._padded(source if x.dim() == 4 else source.unsqueeze(0))
-        size = self._output_size(source, padding)
+        moves = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
         if self._direct(source, bias):
-            y = self._run(source, bias, padding, size)
+            geometry = geometry_of(source.shape, *moves)
+            flags = kernels.ACTIVATIONS[self.activation]
+            y = convolved(source.contiguous(), packed, bias, self.out_channels, geometry, flags)
         else:
-            columns = self._columns(source, padding)
-            y = torch.ops.prunus.sparse_planes(
-                columns, packed, bias, self.out_channels, False
-            ).unflatten(2, size)
+            y = torch.ops.prunus.sparse_conv2d(
+                source, packed, bias, self.out_channels, *moves, self.activation
+            )
         y = y if x.dim() == 4 else y.squeeze(0)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
-    def _run(self, x: Tensor, bias: Tensor | None, padding: Pair, size: Pair) -> Tensor:
-        """Call the kernel directly; unfolds one image at a time, which bounds memory."""
-        if self.kernel_size == (1, 1):
-            columns = self._columns(x, padding).contiguous()
-            return linear_planes(columns, self.packed, bias, self.out_channels, 0).unflatten(
-                2, size
-            )
-        y = x.new_empty((x.shape[0], self.out_channels, *size))
-        for image in range(x.shape[0] if y.numel() else 0):
-            columns = self._columns(x[image : image + 1], padding).contiguous()
-            planes_into(
-                columns.data_ptr(), self.packed, bias, y[image].data_ptr(), size[0] * size[1]
-            )
-        return y
-
-    def _columns(self, x: Tensor, padding: Pair) -> Tensor:
-        """[B, C·kh·kw, pixels]: what each output pixel sees."""
-        if self.kernel_size == (1, 1):
-            return x[:, :, :: self.stride[0], :: self.stride[1]].flatten(2)
-        return F.unfold(x, self.kernel_size, self.dilation, padding, self.stride)
-
-    def _padded(self, x: Tensor) -> tuple[Tensor, Pair]:
-        """(x, zero padding still to add): F.pad does what unfold cannot."""
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """(x, zero padding still to add): F.pad does what is not zeros."""
         (top, bottom), (left, right) = self._margins()
-        plain = self.padding_mode == "zeros" and (top, left) == (bottom, right)
-        if plain and self.kernel_size != (1, 1):
-            return x, (top, left)
+        if self.padding_mode == "zeros":
+            return x, (top, bottom, left, right)
         if top or bottom or left or right:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, (left, right, top, bottom), mode=mode)
-        return x, (0, 0)
+            x = F.pad(x, (left, right, top, bottom), mode=self.padding_mode)
+        return x, (0, 0, 0, 0)
 
     def _margins(self) -> tuple[Pair, Pair]:
         """((top, bottom), (left, right)) padding; 'same' puts the odd one behind, as torch does."""
@@ -181,26 +161,12 @@ class SparseConv2d(PackedWeight):
         spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return (spans[0] // 2, spans[0] - spans[0] // 2), (spans[1] // 2, spans[1] - spans[1] // 2)
 
-    def _output_size(self, x: Tensor, padding: Pair) -> Pair:
-        """(height, width) of the result; ShapeError where the kernel does not fit."""
-        sizes = [
-            (x.shape[2 + i] + 2 * padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
-            // self.stride[i]
-            + 1
-            for i in (0, 1)
-        ]
-        if min(sizes) < 1:
-            raise ShapeError(
-                f"an image of {x.shape[2]}x{x.shape[3]} is smaller than the kernel "
-                f"{self.kernel_size} with dilation {self.dilation}"
-            )
-        return sizes[0], sizes[1]
-
     def extra_repr(self) -> str:
         """Sizes and sparsity."""
         sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
         moves = f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}"
-        return f"{sizes}, {moves}, padding_mode={self.padding_mode!r}, {self._shape_repr()}"
+        rest = f"groups={self.groups}, padding_mode={self.padding_mode!r}"
+        return f"{sizes}, {moves}, {rest}, {self._shape_repr()}"
 
 
 def _pair(value: int | tuple[int, ...]) -> Pair:

@@ -1,12 +1,15 @@
 """Sparse products as torch operators, for autograd, torch.compile and torch.export.
 
 `prunus::sparse_linear`: y[..., M] = x[..., K] W^T + bias.
-`prunus::sparse_planes`: y[B, M, P] = W x[B, K, P] + bias, bias added per row of W.
+`prunus::sparse_conv2d`: y[B, M, ...] = W * x[B, C, H, W] + bias, padding as (top, bottom, left,
+right). Both apply an activation of `prunus.kernels.ACTIVATIONS` to the sum.
 W is a packed blob of `prunus.kernels.pack`. The operators read its header on every call; its body
 is validated once, where it enters a module.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,44 +34,64 @@ def linear_rows(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, fl
     return y
 
 
-def linear_planes(
-    x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, flags: int
+def convolved(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    geometry: kernels.Geometry,
+    flags: int,
 ) -> Tensor:
-    """Call the kernel on contiguous fp32 x [B, K, P]; a new [B, outputs, P]. Checks nothing."""
-    batch, inputs, pixels = x.shape
-    y = x.new_empty((batch, outputs, pixels))
-    for image in range(batch if y.numel() else 0):
-        planes_into(
-            x.data_ptr() + 4 * image * inputs * pixels,
-            packed,
-            bias,
-            y.data_ptr() + 4 * image * outputs * pixels,
-            pixels,
+    """Call the kernel on contiguous fp32 x [B, C, H, W]; a new [B, outputs, ...]. No checks."""
+    y = x.new_empty((geometry.batch, outputs, *geometry.out_size))
+    if y.numel():
+        kernels.conv_ptr(
+            packed.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            geometry.numbers(),
+            0 if bias is None else bias.data_ptr(),
             flags,
+            torch.get_num_threads(),
         )
     return y
 
 
-def planes_into(
-    x: int, packed: Tensor, bias: Tensor | None, y: int, pixels: int, flags: int = 0
-) -> None:
-    """Multiply one image: x [K, pixels] and y [M, pixels] are addresses of contiguous fp32."""
-    kernels.planes_ptr(
-        packed.data_ptr(),
-        x,
-        y,
-        pixels,
-        0 if bias is None else bias.data_ptr(),
-        flags,
-        torch.get_num_threads(),
-        pixels,
-        pixels,
+def geometry_of(
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> kernels.Geometry:
+    """The geometry for images of shape [B, C, H, W]; ShapeError where the kernel does not fit."""
+    batch, channels, height, width = shape
+    down, across = kernel
+    top, bottom, left, right = padding
+    return kernels.Geometry(
+        batch,
+        channels,
+        (height, width),
+        (down, across),
+        (stride[0], stride[1]),
+        (dilation[0], dilation[1]),
+        (top, bottom, left, right),
+        groups,
     )
 
 
 def blob_array(packed: Tensor):
     """The blob as a NumPy view of the same memory."""
     return packed.detach().numpy()
+
+
+def _flags(activation: str) -> int:
+    """The kernel's flag for an activation."""
+    if activation not in kernels.ACTIVATIONS:
+        known = ", ".join(repr(name) for name in kernels.ACTIVATIONS)
+        raise ValueRangeError(f"activation {activation!r} is none of {known}")
+    return kernels.ACTIVATIONS[activation]
 
 
 def _check(x: Tensor, packed: Tensor, bias: Tensor | None, inputs: int, outputs: int) -> None:
@@ -90,39 +113,47 @@ def _check(x: Tensor, packed: Tensor, bias: Tensor | None, inputs: int, outputs:
         raise ShapeError(f"bias has shape {list(bias.shape)}, expected [{outputs}]")
 
 
-def _transposed(packed: Tensor) -> Tensor:
-    """Blob of W^T."""
-    return torch.from_numpy(kernels.transpose(blob_array(packed)))
-
-
 @torch.library.custom_op(
     "prunus::sparse_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor packed, Tensor? bias, int out_features, bool relu) -> Tensor",
+    schema="(Tensor x, Tensor packed, Tensor? bias, int out_features, str activation) -> Tensor",
 )
 def sparse_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, relu: bool
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation: str
 ) -> Tensor:
-    """y[..., M] = x[..., K] W^T + bias, then ReLU if asked; fp32 on the CPU."""
+    """y[..., M] = activation(x[..., K] W^T + bias); fp32 on the CPU."""
     _check(x, packed, bias, x.shape[-1], out_features)
     bias = None if bias is None else bias.contiguous()
-    return linear_rows(x.contiguous(), packed, bias, out_features, kernels.RELU if relu else 0)
+    return linear_rows(x.contiguous(), packed, bias, out_features, _flags(activation))
 
 
 @torch.library.custom_op(
-    "prunus::sparse_planes",
+    "prunus::sparse_conv2d",
     mutates_args=(),
-    schema="(Tensor x, Tensor packed, Tensor? bias, int out_channels, bool relu) -> Tensor",
+    schema="(Tensor x, Tensor packed, Tensor? bias, int out_channels, int[] kernel, int[] stride, "
+    "int[] padding, int[] dilation, int groups, str activation) -> Tensor",
 )
-def sparse_planes(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int, relu: bool
+def sparse_conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
 ) -> Tensor:
-    """y[B, M, P] = W x[B, K, P] + bias, then ReLU if asked; fp32 on the CPU."""
-    if x.dim() != 3:
-        raise ShapeError(f"x has shape {list(x.shape)}, expected [batch, inputs, pixels]")
-    _check(x, packed, bias, x.shape[1], out_channels)
+    """y[B, M, ...] = activation(W * x[B, C, H, W] + bias); fp32 on the CPU."""
+    if x.dim() != 4:
+        raise ShapeError(f"x has shape {list(x.shape)}, expected [batch, channels, height, width]")
+    geometry = geometry_of(x.shape, kernel, stride, padding, dilation, groups)
+    if out_channels % groups:
+        raise ShapeError(f"{out_channels} outputs do not divide into {groups} groups")
+    _check(x, packed, bias, geometry.columns, out_channels)
     bias = None if bias is None else bias.contiguous()
-    return linear_planes(x.contiguous(), packed, bias, out_channels, kernels.RELU if relu else 0)
+    return convolved(x.contiguous(), packed, bias, out_channels, geometry, _flags(activation))
 
 
 @torch.library.custom_op(
@@ -133,28 +164,54 @@ def sparse_planes(
 def sparse_linear_grad(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
     """grad_x[..., K] = grad_y[..., M] W, through the transposed blob."""
     _check(grad, packed, None, in_features, grad.shape[-1])
-    return linear_rows(grad.contiguous(), _transposed(packed), None, in_features, 0)
+    transposed = torch.from_numpy(kernels.transpose(blob_array(packed)))
+    return linear_rows(grad.contiguous(), transposed, None, in_features, 0)
 
 
 @torch.library.custom_op(
-    "prunus::sparse_planes_grad",
+    "prunus::sparse_conv2d_grad",
     mutates_args=(),
-    schema="(Tensor grad, Tensor packed, int in_channels) -> Tensor",
+    schema="(Tensor grad, Tensor packed, SymInt[] shape, int[] kernel, int[] stride, "
+    "int[] padding, int[] dilation, int groups) -> Tensor",
 )
-def sparse_planes_grad(grad: Tensor, packed: Tensor, in_channels: int) -> Tensor:
-    """grad_x[B, K, P] = W^T grad_y[B, M, P], through the transposed blob."""
-    _check(grad, packed, None, in_channels, grad.shape[1])
-    return linear_planes(grad.contiguous(), _transposed(packed), None, in_channels, 0)
+def sparse_conv2d_grad(
+    grad: Tensor,
+    packed: Tensor,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """grad_x [B, C, H, W], through torch's dense gradient with the weight unpacked."""
+    geometry = geometry_of(shape, kernel, stride, padding, dilation, groups)
+    _check(grad, packed, None, geometry.columns, grad.shape[1])
+    weight = torch.from_numpy(kernels.unpack(blob_array(packed)))
+    weight = weight.reshape(grad.shape[1], shape[1] // groups, *kernel)
+    top, bottom, left, right = padding
+    padded = grad.new_empty((*shape[:2], shape[2] + top + bottom, shape[3] + left + right))
+    whole, _, _ = torch.ops.aten.convolution_backward(
+        grad, padded, weight, None, stride, [0, 0], dilation, False, [0, 0], groups,
+        [True, False, False],
+    )  # fmt: skip
+    return whole[:, :, top : top + shape[2], left : left + shape[3]].contiguous()
 
 
 @sparse_linear.register_fake
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, relu: bool) -> Tensor:
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@sparse_planes.register_fake
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int, relu: bool) -> Tensor:
-    return x.new_empty((x.shape[0], out_channels, x.shape[2]))
+@sparse_conv2d.register_fake
+def _(x, packed, bias, out_channels, kernel, stride, padding, dilation, groups, activation):
+    size = [
+        (x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1)
+        // stride[i]
+        + 1
+        for i in (0, 1)
+    ]
+    return x.new_empty((x.shape[0], out_channels, *size))
 
 
 @sparse_linear_grad.register_fake
@@ -162,40 +219,53 @@ def _(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-@sparse_planes_grad.register_fake
-def _(grad: Tensor, packed: Tensor, in_channels: int) -> Tensor:
-    return grad.new_empty((grad.shape[0], in_channels, grad.shape[2]))
+@sparse_conv2d_grad.register_fake
+def _(grad, packed, shape, kernel, stride, padding, dilation, groups):
+    return grad.new_empty(shape)
 
 
-def _linear_context(ctx, inputs, output) -> None:
-    x, packed, bias, _, relu = inputs
-    ctx.save_for_backward(packed, output if relu else None)
-    ctx.inputs, ctx.biased = x.shape[-1], bias is not None
+def _context(ctx, inputs, output) -> None:
+    x, packed, bias, outputs, *rest = inputs
+    activation = rest[-1]
+    # ReLU's gradient follows from its output, those of the others from the sum, computed again.
+    again = activation not in ("", "relu")
+    ctx.save_for_backward(
+        packed, output if activation == "relu" else None, x if again else None, bias
+    )
+    ctx.shape, ctx.biased, ctx.outputs, ctx.rest = x.shape, bias is not None, outputs, rest
 
 
-def _planes_context(ctx, inputs, output) -> None:
-    x, packed, bias, _, relu = inputs
-    ctx.save_for_backward(packed, output if relu else None)
-    ctx.inputs, ctx.biased = x.shape[1], bias is not None
+def _before(ctx, grad: Tensor, product) -> Tensor:
+    """The gradient with respect to the sum, given that to the activation's output."""
+    packed, output, x, bias = ctx.saved_tensors
+    activation = ctx.rest[-1]
+    if activation == "":
+        return grad
+    if activation == "relu":
+        return grad * (output > 0)
+    total = product(x, packed, bias, ctx.outputs, *ctx.rest[:-1], "")
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, total)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(grad, total, approximate=approximate)
 
 
 def _linear_backward(ctx, grad: Tensor):
-    packed, output = ctx.saved_tensors
-    grad = grad if output is None else grad * (output > 0)
+    grad = _before(ctx, grad, sparse_linear)
     want_x, _, want_bias, _, _ = ctx.needs_input_grad
-    grad_x = sparse_linear_grad(grad, packed, ctx.inputs) if want_x else None
+    grad_x = sparse_linear_grad(grad, ctx.saved_tensors[0], ctx.shape[-1]) if want_x else None
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if want_bias and ctx.biased else None
     return grad_x, None, grad_bias, None, None
 
 
-def _planes_backward(ctx, grad: Tensor):
-    packed, output = ctx.saved_tensors
-    grad = grad if output is None else grad * (output > 0)
-    want_x, _, want_bias, _, _ = ctx.needs_input_grad
-    grad_x = sparse_planes_grad(grad, packed, ctx.inputs) if want_x else None
-    grad_bias = grad.sum((0, 2)) if want_bias and ctx.biased else None
-    return grad_x, None, grad_bias, None, None
+def _conv2d_backward(ctx, grad: Tensor):
+    grad = _before(ctx, grad, sparse_conv2d)
+    want_x, _, want_bias = ctx.needs_input_grad[:3]
+    packed = ctx.saved_tensors[0]
+    grad_x = sparse_conv2d_grad(grad, packed, ctx.shape, *ctx.rest[:-1]) if want_x else None
+    grad_bias = grad.sum((0, 2, 3)) if want_bias and ctx.biased else None
+    return (grad_x, None, grad_bias, *[None] * 7)
 
 
-sparse_linear.register_autograd(_linear_backward, setup_context=_linear_context)
-sparse_planes.register_autograd(_planes_backward, setup_context=_planes_context)
+sparse_linear.register_autograd(_linear_backward, setup_context=_context)
+sparse_conv2d.register_autograd(_conv2d_backward, setup_context=_context)

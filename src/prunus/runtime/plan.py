@@ -25,7 +25,10 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The decision for one layer; times in seconds, None where nothing was measured."""
+    """The decision for one layer; times in seconds, None where nothing was measured.
+
+    `fused` names what the layer does besides, "batch norm, relu" for instance.
+    """
 
     name: str
     kind: str
@@ -35,6 +38,7 @@ class Row:
     reason: str
     sparse_seconds: float | None = None
     dense_seconds: float | None = None
+    fused: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.choice,
         duration(row.sparse_seconds),
         duration(row.dense_seconds),
-        row.reason,
+        f"{row.reason}; with {row.fused}" if row.fused else row.reason,
     )
 
 

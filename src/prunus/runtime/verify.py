@@ -36,16 +36,17 @@ def expect_same(
     sparse: nn.Module,
     swapped: Mapping[str, nn.Module],
     example: Any,
+    layers: nn.Module | None = None,
 ) -> None:
-    """VerificationError unless both models agree on the example within fp32 rounding."""
-    with same_randomness():
-        wanted = list(tensors(run(dense, example)))
-    with same_randomness():
-        found = list(tensors(run(sparse, example)))
-    where = _first_difference(wanted, found)
+    """VerificationError unless both models agree on the example within fp32 rounding.
+
+    swapped: {name: module that computes what the layer of this name computes}, in `layers`, or in
+    `dense` if there is none, to find the one to blame.
+    """
+    where = difference(dense, sparse, example)
     if where is None:
         return
-    layer = _first_layer(dense, swapped, example)
+    layer = _first_layer(dense if layers is None else layers, swapped, example)
     blame = (
         f"the first layer that differs is {layer!r}"
         if layer is not None
@@ -55,6 +56,15 @@ def expect_same(
         f"the compiled model differs from the dense one on the example at {where}; {blame}. Keep "
         f"that layer dense with choose=, or accept the difference with verify=False"
     )
+
+
+def difference(dense: nn.Module, sparse: nn.Module, example: Any) -> str | None:
+    """Where the outputs on the example differ by more than rounding; None if they agree."""
+    with same_randomness():
+        wanted = list(tensors(run(dense, example)))
+    with same_randomness():
+        found = list(tensors(run(sparse, example)))
+    return _first_difference(wanted, found)
 
 
 def _first_difference(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -17,10 +18,10 @@ from prunus.runtime.ops import blob_array
 ALIGNMENT = 64
 
 
-def pack_weight(weight: Tensor) -> Tensor:
-    """Blob of a weight [M, ...] as the matrix [M, -1], in fp32."""
+def pack_weight(weight: Tensor, block: int | None = None) -> Tensor:
+    """Blob of a weight [M, ...] as the matrix [M, -1], in fp32; block as in kernels.pack."""
     matrix = weight.detach().to("cpu", torch.float32).reshape(weight.shape[0], -1)
-    return torch.from_numpy(kernels.pack(matrix.contiguous().numpy()))
+    return torch.from_numpy(kernels.pack(matrix.contiguous().numpy(), block))
 
 
 def check_blob(packed: Tensor, place: str) -> tuple[int, int]:
@@ -57,6 +58,7 @@ class PackedWeight(nn.Module, abc.ABC):
     packed: Tensor
     bias: Tensor | None
     weight_shape: tuple[int, ...]
+    activation: str = ""  # of kernels.ACTIVATIONS, applied to the output
 
     def __init__(self, packed: Tensor, bias: Tensor | None, weight_shape: tuple[int, ...]) -> None:
         """Take a blob of a [M, K] matrix; weight_shape is the dense [M, ...] with K = its rest."""
@@ -74,6 +76,16 @@ class PackedWeight(nn.Module, abc.ABC):
     @abc.abstractmethod
     def to_dense(self) -> nn.Module:
         """The same layer as a dense torch module."""
+
+    def with_activation(self, name: str) -> PackedWeight:
+        """The same layer, sharing its buffers, with this activation (kernels.ACTIVATIONS) fused."""
+        if name not in kernels.ACTIVATIONS:
+            known = ", ".join(repr(known) for known in kernels.ACTIVATIONS)
+            raise ValueRangeError(f"activation {name!r} is none of {known}")
+        twin = copy.copy(self)
+        twin._buffers = dict(self._buffers)
+        twin.activation = name
+        return twin
 
     @property
     def weight(self) -> Tensor:
@@ -164,8 +176,9 @@ class PackedWeight(nn.Module, abc.ABC):
             self.packed = aligned(self.packed)
 
     def _shape_repr(self) -> str:
-        """Bias and sparsity, for extra_repr."""
-        return f"bias={self.bias is not None}, sparsity={self.sparsity:.4f}"
+        """Bias, sparsity and fused activation, for extra_repr."""
+        fused = f", activation={self.activation!r}" if self.activation else ""
+        return f"bias={self.bias is not None}, sparsity={self.sparsity:.4f}{fused}"
 
 
 def _observed() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from prunus.core import Schedule, check_sparsity
@@ -71,6 +72,39 @@ def cubic(sparsity: float, begin: int, end: int, every: int = 1, initial: float 
     Source: Zhu & Gupta 2017, arXiv 1710.01878, eq. 1.
     """
     return _ramp("cubic", lambda x: 1 - (1 - x) ** 3, sparsity, begin, end, every, initial)
+
+
+def exponential(
+    sparsity: float, begin: int, end: int, every: int = 1, initial: float = 0.0
+) -> Schedule:
+    """Keep a constant factor from update to update: 1 - s_t = (1 - s_i) ((1 - s_f) / (1 - s_i))^x.
+
+    x = (t - begin) / (end - begin); the ramp of `iterative` by steps. At s_f = 1 nothing is kept
+    from the second update on. Source: e.g. de Jorge, Sanyal, Behl, Torr, Rogez, Dokania 2021,
+    arXiv 2006.09081, eq. 8 (there over the rounds of pruning at initialisation).
+    """
+    check_sparsity(sparsity)
+    check_sparsity(initial, "initial")
+    if initial == 1.0:
+        raise ValueRangeError("an exponential ramp keeps something to start from: initial < 1")
+    kept = (1.0 - sparsity) / (1.0 - initial)
+
+    def progress(x: float) -> float:
+        return 0.0 if sparsity == initial else (1.0 - kept**x) / (1.0 - kept)
+
+    return _ramp("exponential", progress, sparsity, begin, end, every, initial)
+
+
+def cosine(sparsity: float, begin: int, end: int, every: int = 1, initial: float = 0.0) -> Schedule:
+    """Rise slowly, fast, slowly: s_t = s_f + (s_i - s_f) (1 + cos(pi x)) / 2, x from begin to end.
+
+    The half cosine of learning rates, Loshchilov & Hutter 2017, arXiv 1608.03983.
+    """
+
+    def progress(x: float) -> float:
+        return (1.0 - math.cos(math.pi * x)) / 2
+
+    return _ramp("cosine", progress, sparsity, begin, end, every, initial)
 
 
 def _ramp(

@@ -42,8 +42,8 @@ def test_nothing_asked_nothing_given():
 
 
 def test_an_unknown_kind_is_refused_with_those_known():
-    with pytest.raises(SignalError, match="no collector for hessian; known: gradient, flow"):
-        collect(frozenset({"hessian"}), sources(network()))
+    with pytest.raises(SignalError, match="no collector for curvature; known: gradient, flow"):
+        collect(frozenset({"curvature"}), sources(network()))
 
 
 # --- gradient ---------------------------------------------------------------------------------

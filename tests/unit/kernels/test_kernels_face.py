@@ -42,7 +42,7 @@ def test_shapes_dtypes_and_names_are_checked(weight):
 
 @pytest.fixture(params=["face", "reference"])
 def pointers(request):
-    return kernels if request.param == "face" else kernels.reference
+    return kernels if request.param == "face" else kernels.addresses
 
 
 def test_pointer_calls_agree_with_arrays(pointers, weight):
@@ -54,11 +54,11 @@ def test_pointer_calls_agree_with_arrays(pointers, weight):
         wanted = np.maximum(x.astype(np.float64) @ weight.T + bias, 0)
         y = np.full((n, 20), np.nan, np.float32)
         args = (blob.ctypes.data, x.ctypes.data, y.ctypes.data, n, bias.ctypes.data)
-        pointers.linear_ptr(*args, kernels.RELU, 2)
+        pointers.linear_ptr(*args, kernels.ACTIVATIONS["relu"], 2)
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
         planes, out = np.ascontiguousarray(x.T), np.full((20, n), np.nan, np.float32)
         args = (blob.ctypes.data, planes.ctypes.data, out.ctypes.data, n, bias.ctypes.data)
-        pointers.planes_ptr(*args, kernels.RELU, 1, n, n)
+        pointers.planes_ptr(*args, kernels.ACTIVATIONS["relu"], 1, n, n)
         np.testing.assert_allclose(out, wanted.T, rtol=1e-5, atol=1e-5)
 
 

@@ -92,6 +92,7 @@ def test_a_forked_child_makes_its_own_threads():
 def test_memory_stays_flat_over_thousands_of_calls():
     rng = np.random.default_rng(0)
     problems = [problem(i, m=10 + 37 * i, k=20 + 41 * i, n=1 + 23 * i) for i in range(8)]
+    convolution = problem(0, m=20, k=90)[0]
 
     def calls(count):
         for i in range(count):
@@ -99,6 +100,11 @@ def test_memory_stays_flat_over_thousands_of_calls():
             kernels.linear(blob, x, threads=1 + i % 3)
             kernels.matmul_planes(blob, x.T.copy(), threads=1 + i % 2)
             kernels.transpose(blob)
+            geometry = kernels.Geometry(
+                1 + i % 3, 10, (int(rng.integers(3, 30)), int(rng.integers(3, 60))), (3, 3)
+            )
+            image = np.ones((geometry.batch, 10, *geometry.size), np.float32)
+            kernels.conv2d(convolution, image, geometry, threads=1 + i % 2)
 
     def resident():
         with open("/proc/self/statm") as file:

@@ -72,6 +72,7 @@ CONVOLUTIONS = {
     "same": {"kernel_size": (4, 2), "padding": "same"},
     "same dilated": {"kernel_size": 2, "padding": "same", "dilation": 3},
     "valid": {"kernel_size": 3, "padding": "valid"},
+    "long": {"kernel_size": (5, 1), "stride": 3, "padding": (4, 2)},
     "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
     "replicate": {"kernel_size": 3, "padding": (2, 1), "padding_mode": "replicate"},
     "circular same": {"kernel_size": 4, "padding": "same", "padding_mode": "circular"},
@@ -89,6 +90,39 @@ def test_convolution_computes_the_dense_layer(name, through_operator):
     for shape in ((2, 3, 9, 7), (1, 3, 6, 6), (3, 8, 5)):
         x = images(*shape)
         assert_computes(sparse, dense, x.requires_grad_() if through_operator else x)
+
+
+@pytest.mark.parametrize("through_operator", [False, True])
+@pytest.mark.parametrize("groups", [2, 6])
+def test_a_grouped_convolution_computes_the_dense_layer(groups, through_operator):
+    for options in ({}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}):
+        dense = pruned(nn.Conv2d(6, 12, 3, groups=groups, **options), 0.5)
+        x = images(2, 6, 9, 8)
+        sparse = SparseConv2d.from_dense(dense)
+        assert_computes(sparse, dense, x.requires_grad_() if through_operator else x)
+        assert repr(sparse.to_dense()) == repr(dense)
+        assert torch.equal(sparse.to_dense().weight, dense.weight)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_a_fused_activation_is_applied_to_the_output(name):
+    functions = {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU()}
+    function = functions.get(name, nn.GELU(approximate="tanh"))
+    for dense, x in (
+        (pruned(nn.Linear(20, 30)), images(3, 20)),
+        (pruned(nn.Conv2d(4, 6, 3)), images(2, 4, 7, 8)),
+    ):
+        pack = SparseConv2d if x.dim() == 4 else SparseLinear
+        sparse = pack.from_dense(dense)
+        fused = sparse.with_activation(name)
+        assert sparse.activation == ""
+        assert f"activation='{name}'" in repr(fused)
+        torch.testing.assert_close(fused(x), function(dense(x)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fused(x.requires_grad_()), fused(x.detach()))
+        assert copy.deepcopy(fused).activation == name
+        assert pickle.loads(pickle.dumps(fused)).activation == name
+    with pytest.raises(ValueRangeError, match="'tanh'"):
+        fused.with_activation("tanh")
 
 
 def test_a_convolution_takes_channels_last_and_other_strides():
@@ -175,8 +209,8 @@ def test_what_cannot_be_computed_is_refused():
         sparse(torch.zeros(2, 6, dtype=torch.float64))
     with pytest.raises(ValueRangeError, match=r"meta.*CPU"):
         sparse(torch.zeros(2, 6, device="meta"))
-    with pytest.raises(ShapeError, match="groups=2"):
-        SparseConv2d.from_dense(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ShapeError, match="4 output channels do not divide into 3 groups"):
+        SparseConv2d(convolution.packed, kernel_size=3, groups=3)
     with pytest.raises(FormatError, match=r"use \.half"):
         copy.deepcopy(sparse).type(torch.float16)(torch.zeros(2, 6))
     with pytest.raises(ShapeError, match="do not divide"):

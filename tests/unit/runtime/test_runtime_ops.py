@@ -13,7 +13,14 @@ from prunus.runtime import SparseConv2d, SparseLinear
 from prunus.runtime.weight import pack_weight
 
 LINEAR = torch.ops.prunus.sparse_linear
-PLANES = torch.ops.prunus.sparse_planes
+CONV = torch.ops.prunus.sparse_conv2d
+ACTIVATIONS = {
+    "": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def draw(*shape, seed=0):
@@ -29,17 +36,16 @@ def leaf(tensor):
     return tensor.clone().requires_grad_()
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", [(13,), (4, 13), (2, 3, 13)])
-def test_linear_and_its_gradients_are_those_of_the_dense_product(shape, biased, relu):
+def test_linear_and_its_gradients_are_those_of_the_dense_product(shape, biased, activation):
     weight = sparse_weight()
     packed, x, bias = pack_weight(weight), leaf(draw(*shape)), leaf(draw(9)) if biased else None
-    y = LINEAR(x, packed, bias, 9, relu)
+    y = LINEAR(x, packed, bias, 9, activation)
     x64 = leaf(x.detach().double())
     bias64 = leaf(bias.detach().double()) if biased else None
-    wanted = F.linear(x64, weight.double(), bias64)
-    wanted = wanted.relu() if relu else wanted
+    wanted = ACTIVATIONS[activation](F.linear(x64, weight.double(), bias64))
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
     upstream = draw(*y.shape, seed=2)
     y.backward(upstream)
@@ -49,14 +55,17 @@ def test_linear_and_its_gradients_are_those_of_the_dense_product(shape, biased, 
         torch.testing.assert_close(bias.grad.double(), bias64.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("relu", [False, True])
-def test_planes_and_their_gradients_are_those_of_the_dense_product(relu):
-    weight = sparse_weight()
-    packed, x, bias = pack_weight(weight), leaf(draw(2, 13, 7)), leaf(draw(9))
-    y = PLANES(x, packed, bias, 9, relu)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution_and_its_gradients_are_those_of_the_dense_one(groups, activation):
+    weight = draw(6, 4 // groups, 3, 2)
+    weight = weight * (draw(*weight.shape, seed=1) > 0.3)
+    packed, x, bias = pack_weight(weight), leaf(draw(2, 4, 7, 9)), leaf(draw(6))
+    y = CONV(x, packed, bias, 6, [3, 2], [2, 1], [1, 2, 0, 3], [1, 2], groups, activation)
     x64, bias64 = leaf(x.detach().double()), leaf(bias.detach().double())
-    wanted = weight.double() @ x64 + bias64[:, None]
-    wanted = wanted.relu() if relu else wanted
+    padded = F.pad(x64, (0, 3, 1, 2))
+    wanted = F.conv2d(padded, weight.double(), bias64, (2, 1), 0, (1, 2), groups)
+    wanted = ACTIVATIONS[activation](wanted)
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
     upstream = draw(*y.shape, seed=2)
     y.backward(upstream)
@@ -65,32 +74,44 @@ def test_planes_and_their_gradients_are_those_of_the_dense_product(relu):
     torch.testing.assert_close(bias.grad.double(), bias64.grad, rtol=1e-5, atol=1e-5)
 
 
+MOVES = ([3, 3], [2, 1], [1, 1, 0, 2], [1, 1], 1)
+
+
 def test_opcheck_passes():
-    packed = pack_weight(sparse_weight())
-    for relu in (False, True):
-        torch.library.opcheck(LINEAR, (leaf(draw(2, 3, 13)), packed, leaf(draw(9)), 9, relu))
-        torch.library.opcheck(PLANES, (leaf(draw(2, 13, 5)), packed, leaf(draw(9)), 9, relu))
-    torch.library.opcheck(LINEAR, (draw(4, 13).T.contiguous().T, packed, None, 9, False))
+    packed, filters = pack_weight(sparse_weight()), pack_weight(sparse_weight(5, 18))
+    for activation in ("", "relu", "silu"):
+        torch.library.opcheck(LINEAR, (leaf(draw(2, 3, 13)), packed, leaf(draw(9)), 9, activation))
+        operands = (leaf(draw(2, 2, 6, 5)), filters, leaf(draw(5)), 5, *MOVES, activation)
+        torch.library.opcheck(CONV, operands)
+    torch.library.opcheck(LINEAR, (draw(4, 13).T.contiguous().T, packed, None, 9, ""))
     torch.library.opcheck(torch.ops.prunus.sparse_linear_grad, (draw(4, 9), packed, 13))
-    torch.library.opcheck(torch.ops.prunus.sparse_planes_grad, (draw(2, 9, 5), packed, 13))
+    torch.library.opcheck(
+        torch.ops.prunus.sparse_conv2d_grad, (draw(2, 5, 3, 5), filters, [2, 2, 6, 5], *MOVES)
+    )
 
 
 def test_operators_refuse_what_a_kernel_could_not_read():
     packed, x = pack_weight(sparse_weight()), draw(2, 13)
     with pytest.raises(ShapeError, match=r"9x13, asked for 8x13"):
-        LINEAR(x, packed, None, 8, False)
+        LINEAR(x, packed, None, 8, "")
     with pytest.raises(ShapeError, match="9x13, asked for 9x12"):
-        LINEAR(draw(2, 12), packed, None, 9, False)
+        LINEAR(draw(2, 12), packed, None, 9, "")
     with pytest.raises(ShapeError, match="bias"):
-        LINEAR(x, packed, draw(8), 9, False)
+        LINEAR(x, packed, draw(8), 9, "")
     with pytest.raises(ValueRangeError, match="float64"):
-        LINEAR(x.double(), packed, None, 9, False)
+        LINEAR(x.double(), packed, None, 9, "")
     with pytest.raises(ValueRangeError, match="uint8"):
-        LINEAR(x, packed.float(), None, 9, False)
+        LINEAR(x, packed.float(), None, 9, "")
     with pytest.raises(FormatError):
-        LINEAR(x, packed[:-64], None, 9, False)
-    with pytest.raises(ShapeError, match="batch, inputs, pixels"):
-        PLANES(x, packed, None, 9, False)
+        LINEAR(x, packed[:-64], None, 9, "")
+    with pytest.raises(ValueRangeError, match="'swish'"):
+        LINEAR(x, packed, None, 9, "swish")
+    with pytest.raises(ShapeError, match="batch, channels"):
+        CONV(x, packed, None, 9, *MOVES, "")
+    with pytest.raises(ShapeError, match="9x13, asked for 9x18"):
+        CONV(draw(1, 2, 6, 6), packed, None, 9, *MOVES, "")
+    with pytest.raises(ShapeError, match="groups"):
+        CONV(draw(1, 4, 6, 6), packed, None, 9, *MOVES[:-1], 2, "")
 
 
 def network():
@@ -141,7 +162,7 @@ def test_torch_export_holds_the_operators(strict):
     program = torch.export.export(model, (x,), strict=strict)
     names = [str(node.target) for node in program.graph.nodes]
     assert sum("prunus.sparse_linear" in name for name in names) == 1
-    assert sum("prunus.sparse_planes" in name for name in names) == 2
+    assert sum("prunus.sparse_conv2d" in name for name in names) == 2
     torch.testing.assert_close(program.module()(x), model(x))
 
 

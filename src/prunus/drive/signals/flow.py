@@ -25,6 +25,23 @@ def flow(sources: Sources) -> dict[str, Tensor]:
             "synaptic flow runs the network on ones of the input's shape: pass inputs=, one "
             "example batch (its values are not used)"
         )
+    state, leaves = positive_network(sources)
+    model = sources.model
+    with evaluating(model), torch.enable_grad():
+        args, kwargs = as_call(ones_of(sources.inputs))
+        total = total_of(functional_call(model, state, args, kwargs, tie_weights=False))
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
+
+
+def positive_network(sources: Sources) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return all parameters and buffers in absolute value, biases 0, and the leaves of the sites.
+
+    In float64 and masked; for `torch.func.functional_call` without tying.
+    """
     model, state = sources.model, {}
     where = {id(parameter): name for name, parameter in sources.parameters.items()}
     leaves: dict[str, Tensor] = {}
@@ -44,33 +61,26 @@ def flow(sources: Sources) -> dict[str, Tensor]:
             state[name] = torch.zeros_like(buffer, dtype=torch.float64)
             if not name.endswith("running_mean"):
                 state[name] = buffer.detach().double().abs()
-    with evaluating(model), torch.enable_grad():
-        inputs = _ones(sources.inputs)
-        args, kwargs = as_call(inputs)
-        total = _total(functional_call(model, state, args, kwargs, tie_weights=False))
-    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
-    }
+    return state, leaves
 
 
-def _ones(inputs: Any) -> Any:
+def ones_of(inputs: Any) -> Any:
     """Replace float tensors by one example of ones; integer tensors stay as they are."""
     if isinstance(inputs, Tensor):
         if not inputs.is_floating_point():
             return inputs[:1]
         return torch.ones_like(inputs[:1], dtype=torch.float64)
     if isinstance(inputs, Mapping):
-        return {key: _ones(value) for key, value in inputs.items()}
+        return {key: ones_of(value) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_ones(value) for value in inputs)
+        return type(inputs)(ones_of(value) for value in inputs)
     return inputs
 
 
-def _total(outputs: Any) -> Tensor:
+def total_of(outputs: Any) -> Tensor:
+    """Return the sum of all output tensors."""
     if isinstance(outputs, Tensor):
         return outputs.sum()
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
-    totals = [_total(v) for v in values if isinstance(v, (Tensor, Mapping, tuple, list))]
+    totals = [total_of(v) for v in values if isinstance(v, (Tensor, Mapping, tuple, list))]
     return torch.stack(totals).sum()

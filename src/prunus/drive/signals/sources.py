@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prunus.core import Masks, Site
+from prunus.errors import SignalError
+from prunus.sites import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar loss."""
@@ -22,7 +24,8 @@ class Sources:
 
     model: unwrapped; parameters: of the sites; masks: now; inputs: one example batch (tensor, tuple
     or dict); batches and loss: for gradients outside of a training loop; training: whether the
-    gradients that a training step left in `.grad` may be read.
+    gradients that a training step left in `.grad` may be read; validate: returns the loss on
+    held-out data.
     """
 
     model: nn.Module
@@ -33,6 +36,18 @@ class Sources:
     batches: Iterable[Any] | None = None
     loss: Loss | None = None
     training: bool = False
+    validate: Callable[[], float] | None = None
+
+
+def validation_loss(sources: Sources) -> float:
+    """Return the loss on held-out data, the model in eval mode and its random state untouched."""
+    if sources.validate is None:
+        raise SignalError(
+            "this method reads the loss on held-out data: pass validate=, a function without "
+            "arguments that returns it"
+        )
+    with torch.no_grad(), untouched(sources.model), evaluating(sources.model):
+        return float(sources.validate())
 
 
 @contextmanager

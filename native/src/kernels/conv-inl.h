@@ -1,0 +1,202 @@
+// Direct sparse convolution, for any instruction set: a panel is kPanel neighbouring positions (see
+// conv.h) with all input that they see, and each non-zero of a row adds one shifted run of it.
+// Included after spmm-inl.h and the definition of
+//   load_even (from[0], from[2], ... of `count` floats).
+
+constexpr int64_t kAhead = 8;  // channels
+constexpr int64_t kLineFloats = 16;
+
+// Where a panel holds the positions that a column reads: `offsets` from the group's first channel.
+struct Shifted {
+  const float* panel;  // of the first group it holds
+  const int32_t* offsets;
+  int64_t first_group, group_rows, group_floats;
+
+  const float* row(uint16_t column) const { return panel + offsets[column]; }
+
+  Shifted part(const Weight& w, uint32_t b, int64_t row) const {
+    // No division where there is one group.
+    const int64_t group = group_rows == w.rows ? 0 : row / group_rows;
+    const float* from = panel + (group - first_group) * group_floats;
+    return {from, offsets + static_cast<int64_t>(b) * w.block, group, group_rows, group_floats};
+  }
+};
+
+// The offset of each column (channel, k down, k across), channels counted within a group.
+inline void fill_offsets(const Conv& c, int32_t* offsets) {
+  const Axis &down = c.down, &across = c.across;
+  for (int64_t channel = 0; channel < c.channels / c.groups; ++channel)
+    for (int64_t i = 0; i < down.kernel; ++i)
+      for (int64_t j = 0; j < across.kernel; ++j) {
+        const int64_t copy = i % down.period * across.copies + j % across.period;
+        const int64_t shift = shift_of(down, i) * across.extent + shift_of(across, j);
+        *offsets++ = static_cast<int32_t>((channel * conv_copies(c) + copy) * c.length + shift);
+      }
+}
+
+inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+// Appends a run, but joins zeros; returns the end of the list.
+inline Run* append(Run* begin, Run* end, int64_t from, int64_t at, int64_t count) {
+  if (count == 0) return end;
+  if (from < 0 && end != begin && end[-1].from < 0 && end[-1].at + end[-1].count == at) {
+    end[-1].count += static_cast<int32_t>(count);
+    return end;
+  }
+  *end = {from, static_cast<int32_t>(at), static_cast<int32_t>(count)};
+  return end + 1;
+}
+
+// The runs that fill `count` places, from position `first` on, of every copy of a channel.
+inline Run* list_inputs(const Conv& c, int64_t first, int64_t count, Run* runs) {
+  const Axis &down = c.down, &across = c.across;
+  Run* end = runs;
+  for (int64_t m = 0; m < conv_copies(c); ++m) {
+    const int64_t above = down.before - residue(down, m / across.copies);
+    const int64_t left = across.before - residue(across, m % across.copies);
+    const int64_t low = conv_ceil(left, across.stride);
+    const int64_t high = conv_ceil(across.in + left, across.stride);
+    for (int64_t done = 0; done < count;) {
+      const int64_t line = (first + done) / across.extent, t = (first + done) % across.extent;
+      const int64_t image = line / down.extent;
+      const int64_t row = line % down.extent * down.stride - above;
+      const int64_t stop = smaller(across.extent, t + count - done);
+      const bool inside = image < c.batch && row >= 0 && row < down.in;
+      const int64_t begin = inside ? clamp(low, t, stop) : stop;
+      const int64_t until = clamp(high, begin, stop);
+      const int64_t at = m * c.length + done - t;
+      const int64_t from = (image * c.channels * down.in + row) * across.in +
+                           begin * across.stride - left;
+      end = append(runs, end, -1, at + t, begin - t);
+      end = append(runs, end, from, at + begin, until - begin);
+      end = append(runs, end, -1, at + until, stop - until);
+      done += stop - t;
+    }
+  }
+  return end;
+}
+
+// The runs that take `count` places of a tile, from position `first` on, to their pixels.
+inline Run* list_outputs(const Conv& c, int64_t rows, int64_t first, int64_t count, Run* runs) {
+  const Axis &down = c.down, &across = c.across;
+  Run* end = runs;
+  for (int64_t done = 0; done < count;) {
+    const int64_t line = (first + done) / across.extent, t = (first + done) % across.extent;
+    const int64_t image = line / down.extent, row = line % down.extent;
+    const int64_t stop = smaller(across.extent, t + count - done);
+    if (row < down.out && t < across.out)
+      end = append(runs, end, (image * rows * down.out + row) * across.out + t, done,
+                   smaller(stop, across.out) - t);
+    done += stop - t;
+  }
+  return end;
+}
+
+// Whole vectors are stored: what lies behind a run is filled after it, or never read.
+inline void fill_channel(const Conv& c, const float* x, const Run* run, const Run* end, float* to) {
+  const int64_t step = c.across.stride;
+  for (; run != end; ++run) {
+    float* out = to + run->at;
+    const float* from = x + run->from;
+    const int64_t count = run->count;
+    int64_t i = 0;
+    if (run->from < 0) {
+      for (; i < count; i += kLanes) store(out + i, zero());
+    } else if (step == 1) {
+      for (; i + kLanes <= count; i += kLanes) store(out + i, load(from + i));
+      if (i < count) store(out + i, load_n(from + i, count - i));
+    } else if (step == 2) {
+      for (; i < count; i += kLanes)
+        store(out + i, load_even(from + 2 * i, smaller(kLanes, count - i)));
+    } else {
+      for (; i < count; ++i) out[i] = from[i * step];
+    }
+  }
+}
+
+// Asks for the runs of a channel that is filled later: they are too short for the hardware to see
+// them coming. Always inline: GCC 12 drops calls that only prefetch.
+__attribute__((always_inline)) inline void fetch_channel(const Conv& c, const float* x,
+                                                         const Run* run, const Run* end) {
+  for (; run != end; ++run) {
+    // The copies across share their lines.
+    if (run->from < 0 || run->at / c.length % c.across.copies != 0) continue;
+    const float* from = x + run->from;
+    const int64_t count = (run->count - 1) * c.across.stride + 1;
+    for (int64_t i = 0; i < count; i += kLineFloats) __builtin_prefetch(from + i);
+  }
+}
+
+template <int V>
+inline void scatter_pixels(const Task& task, const Run* runs, const Run* end, int64_t begin,
+                           int64_t stop, const float* tile) {
+  for (int64_t row = begin; row < stop; ++row) {
+    const Vec bias = task.bias ? broadcast(task.bias[row]) : zero();
+    const float* from = tile + (row - begin) * V * kLanes;
+    for (const Run* run = runs; run != end; ++run) {
+      const int64_t place = run->from + row * task.ldy;
+      for (int64_t i = 0; i < run->count; i += kLanes)
+        write(task, place + i, load(from + run->at + i), bias, smaller(kLanes, run->count - i));
+    }
+  }
+}
+
+// Rows [begin, end) of the positions from `first` on; `panel` holds their input.
+template <int V>
+inline void conv_rows(const Task& task, const Shifted& source, int64_t first, int64_t begin,
+                      int64_t end, float* tile, Run* runs) {
+  const int64_t count = smaller(V * kLanes, task.n - first);
+  const Run* last = list_outputs(*task.conv, task.w.rows, first, count, runs);
+  multiply<V>(task.w, source, begin, end, tile);
+  scatter_pixels<V>(task, runs, last, begin, end, tile);
+}
+
+// The panels number `index` * panels and following, rows [begin, end).
+inline void conv_panels(const Task& task, int64_t index, int64_t begin, int64_t end) {
+  const Conv& c = *task.conv;
+  const int64_t first = index * c.panels * kPanel, group_rows = task.w.rows / c.groups;
+  const int64_t group_channels = c.channels / c.groups, stride = conv_copies(c) * c.length;
+  float* panel = task.workspace;
+  float* tile = panel + conv_panel_floats(c);
+  Run* inputs = reinterpret_cast<Run*>(tile + conv_tile_floats(kPanel));
+  const int64_t count = smaller(c.panels, (task.n - first + kPanel - 1) / kPanel) * kPanel;
+  Run* outputs =
+      list_inputs(c, first, count + c.down.shift * c.across.extent + c.across.shift, inputs);
+  const int64_t first_group = begin / group_rows, last_group = (end - 1) / group_rows;
+  const int64_t until = (last_group + 1) * group_channels;
+  for (int64_t i = first_group * group_channels; i < until; ++i) {
+    if (c.far && i + kAhead < until)
+      fetch_channel(c, task.x + (i + kAhead) * task.ldx, inputs, outputs);
+    fill_channel(c, task.x + i * task.ldx, inputs, outputs,
+                 panel + (i - first_group * group_channels) * stride);
+  }
+  const auto* offsets = reinterpret_cast<const int32_t*>(
+      tile + conv_tile_floats(kPanel) + conv_runs_floats(c, kPanel));
+  for (int64_t row = begin; row < end; row += kTileRows) {
+    const int64_t stop = smaller(row + kTileRows, end);
+    for (int64_t at = 0; at < count; at += kPanel) {
+      const Shifted source{panel + at, offsets, first_group, group_rows, group_channels * stride};
+      const int64_t left = smaller(kPanel, task.n - first - at);
+      switch ((left + kLanes - 1) / kLanes) {
+        case 1: conv_rows<1>(task, source, first + at, row, stop, tile, outputs); break;
+        case 2: conv_rows<2>(task, source, first + at, row, stop, tile, outputs); break;
+        case 3: conv_rows<3>(task, source, first + at, row, stop, tile, outputs); break;
+        default: conv_rows<4>(task, source, first + at, row, stop, tile, outputs); break;
+      }
+    }
+  }
+}
+
+void conv(const Task& task) {
+  const Conv& c = *task.conv;
+  fill_offsets(c, reinterpret_cast<int32_t*>(task.workspace + conv_panel_floats(c) +
+                                             conv_tile_floats(kPanel) +
+                                             conv_runs_floats(c, kPanel)));
+  for (int64_t p = task.begin_panel; p <= task.end_panel; ++p) {
+    const int64_t begin = p == task.begin_panel ? task.begin_row : 0;
+    const int64_t end = p == task.end_panel ? task.end_row : task.w.rows;
+    if (begin < end) conv_panels(task, p, begin, end);
+  }
+}

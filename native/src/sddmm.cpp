@@ -1,0 +1,106 @@
+#include "sddmm.h"
+
+#include <algorithm>
+#include <new>
+
+#include "pool.h"
+#include "run.h"
+
+namespace prunus {
+namespace {
+
+constexpr int kMaxParts = 256;
+constexpr std::align_val_t kAlignment{64};
+constexpr int64_t kLongestPanel = 128;  // floats of the longest panel row of any instruction set
+
+// One per thread, kept and grown.
+class Scratch {
+ public:
+  ~Scratch() { ::operator delete(data_, kAlignment); }
+
+  float* at_least(int64_t floats) {
+    if (floats > size_) {
+      ::operator delete(data_, kAlignment);
+      data_ = static_cast<float*>(::operator new(sizeof(float) * floats, kAlignment, std::nothrow));
+      size_ = data_ == nullptr ? 0 : floats;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch scratch;
+
+struct Shares {
+  Task task;
+  KernelFunction kernel;
+  int parts;
+
+  int64_t nonzeros_before(int64_t row) const {
+    int64_t total = 0;
+    for (uint32_t b = 0; b < task.w.blocks; ++b) {
+      const uint32_t* offsets = task.w.offsets + b * task.w.rows;
+      total += static_cast<int64_t>(offsets[row]) - offsets[0];
+    }
+    return total;
+  }
+
+  // The first row of share `index`, a multiple of kRowGroup.
+  int64_t row(int index) const {
+    if (index == parts) return task.w.rows;
+    const int64_t target = task.w.nnz / parts * index;
+    int64_t low = 0, high = (task.w.rows + kRowGroup - 1) / kRowGroup;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (nonzeros_before(std::min(middle * kRowGroup, task.w.rows)) < target) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return std::min(low * kRowGroup, task.w.rows);
+  }
+};
+
+bool run_share(void* context, int index) {
+  const Shares& shares = *static_cast<const Shares*>(context);
+  Task task = shares.task;
+  task.begin_row = shares.row(index);
+  task.end_row = shares.row(index + 1);
+  if (task.begin_row >= task.end_row) return true;
+  const int64_t rows = task.w.cols + kTileRows + 3 * kRowGroup;
+  task.workspace = scratch.at_least(rows * kLongestPanel);
+  if (task.workspace == nullptr) return false;
+  shares.kernel(task);
+  return true;
+}
+
+}  // namespace
+
+bool run_sampled(const SampledCall& call) {
+  const Weight& w = call.pattern;
+  if (w.nnz == 0) return true;
+  if (call.n == 0) {
+    if (!call.accumulate) std::fill(call.out, call.out + w.nnz, 0.0f);
+    return true;
+  }
+  Shares shares{};
+  shares.task.w = w;
+  shares.task.x = call.x;
+  shares.task.ldx = call.ldx;
+  shares.task.g = call.g;
+  shares.task.ldg = call.ldg;
+  shares.task.y = call.out;
+  shares.task.n = call.n;
+  shares.task.flags = call.accumulate ? kAccumulate : 0u;
+  shares.kernel = call.tokens ? call.kernels->sddmm_tokens_f32 : call.kernels->sddmm_planes_f32;
+  const double work = static_cast<double>(w.nnz) * static_cast<double>(call.n);
+  const double useful = std::min(work / static_cast<double>(grain()), double{kMaxParts});
+  shares.parts = std::max(1, std::min(call.threads, static_cast<int>(useful)));
+  return run_parts(shares.parts, run_share, &shares);
+}
+
+}  // namespace prunus

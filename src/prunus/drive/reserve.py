@@ -1,0 +1,35 @@
+"""Weights that are off in the forward pass and trained all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from prunus.core import RESERVE, State
+
+
+@torch.no_grad()
+def recall(parameters: Mapping[str, nn.Parameter], state: State) -> None:
+    """Add the reserve to the weights, in place, so that an optimizer step sees all values."""
+    for name, values in state.statistics.get(RESERVE, {}).items():
+        parameters[name].add_(values.to(parameters[name]))
+
+
+@torch.no_grad()
+def hide(parameters: Mapping[str, nn.Parameter], state: State) -> State:
+    """Take what is off out of the weights again; what no gradient reaches keeps its old value."""
+    reserve = dict(state.statistics.get(RESERVE, {}))
+    for name, trained in state.trained.items():
+        parameter = parameters[name]
+        mask = state.masks.get(name)
+        if mask is None:
+            continue
+        off, trained = ~mask.to(parameter.device), trained.to(parameter.device)
+        before = reserve.get(name)
+        old = torch.zeros_like(parameter) if before is None else before.to(parameter)
+        reserve[name] = torch.where(trained, parameter.detach(), old) * off
+        parameter.masked_fill_(off, 0)
+    return replace(state, statistics={**state.statistics, RESERVE: reserve})

@@ -1,0 +1,141 @@
+"""What goes into each weight on calibration data: one hook, and two moments streamed through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.core import Site
+from prunus.drive.signals.patches import Inputs, inputs_of
+from prunus.drive.signals.sources import Sources, as_call, untouched
+from prunus.errors import SignalError, ValueRangeError
+from prunus.sites import evaluating
+
+ROWS = 1 << 12
+"""Rows of one float32 product; sums of products are float64."""
+
+See = Callable[[str, Inputs], None]
+"""(site name, what goes into its weight in this call)."""
+
+
+def input_square(sources: Sources) -> dict[str, Tensor]:
+    """Return E[x_j^2] per column j of the weight's matrix, float64 [groups, columns].
+
+    The mean runs over all rows: tokens, or output positions of a convolution.
+    """
+    return _means(sources, lambda x: x.square().sum(1))
+
+
+def gram(sources: Sources) -> dict[str, Tensor]:
+    """Return E[x x^T] of the inputs of each weight, float64 [groups, columns, columns]."""
+    return _means(sources, lambda x: x.transpose(1, 2) @ x)
+
+
+def _means(sources: Sources, product: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    totals: dict[str, Tensor] = {}
+    counts = dict.fromkeys(sources.parameters, 0)
+    last: tuple[Inputs, Tensor] | None = None
+
+    def see(name: str, inputs: Inputs) -> None:
+        nonlocal last
+        if last is None or not inputs.same(last[0]):  # q, k and v read one tensor: once is enough
+            last = inputs, _total(inputs, product)
+        if name in totals:
+            totals[name] += last[1]
+        else:
+            totals[name] = last[1].clone()
+        counts[name] += inputs.rows
+
+    with watching(sources.model, sources.sites, sources.parameters, see):
+        run(sources)
+    for site in sources.sites:
+        if not counts[site.name]:
+            raise SignalError(
+                f"the calibration batches never reached {site.name!r} (shape {site.shape}), so "
+                f"nothing is known of its inputs; exclude it, or give batches that reach it"
+            )
+    return {site.name: totals[site.name].div_(counts[site.name]) for site in sources.sites}
+
+
+def _total(inputs: Inputs, product: Callable[[Tensor], Tensor]) -> Tensor:
+    total: Tensor | None = None
+    for patches in inputs.patches():
+        wide = torch.promote_types(patches.dtype, torch.float32)
+        for rows in patches.split(ROWS, dim=1):
+            part = product(rows.to(wide)).double()
+            total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+@contextmanager
+def watching(
+    model: nn.Module, sites: Any, parameters: dict[str, nn.Parameter] | Any, see: See
+) -> Iterator[None]:
+    """Call `see` with what goes into each site's weight, every time that its module runs.
+
+    A tied weight is seen in every module that multiplies with it. Hooks are gone at the end.
+    Raises SignalError for a site whose inputs cannot be seen, such as the weights of an nn.LSTM.
+    """
+    known: dict[int, Site] = {id(parameters[site.name]): site for site in sites}
+    handles, watched = [], set()
+    for module in model.modules():
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            site = known.get(id(parameter))
+            if site is None or inputs_of(module, own) is None:
+                continue
+            watched.add(site.name)
+            hook = _hook(own, site.name, see)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        for site in known.values():
+            if site.name not in watched:
+                raise SignalError(
+                    f"the inputs of {site.name!r} (shape {site.shape}) cannot be seen: they are "
+                    f"known for linear, bilinear and convolution layers and recurrent cells; "
+                    f"exclude it, or take a method that reads no inputs"
+                )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(own: str, site: str, see: See) -> Callable[..., None]:
+    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        reader = inputs_of(module, own)
+        if reader is not None:
+            with torch.no_grad():
+                see(site, reader(module, (*args, *kwargs.values()), output))
+
+    return after
+
+
+def run(sources: Sources) -> None:
+    """Run the model on all batches: in eval mode, without gradients, nothing of it touched.
+
+    With a loss each batch is run as loss(model, batch), else as the arguments of a call.
+    """
+    batches = sources.batches
+    if batches is None and sources.inputs is not None:
+        batches = [sources.inputs]
+    if batches is None:
+        raise SignalError(
+            "this method reads the inputs of layers: pass batches=, calibration data, each batch "
+            "the arguments of a call (a tensor, tuple or dict), or also loss=, for other batches"
+        )
+    count = 0
+    with torch.no_grad(), untouched(sources.model), evaluating(sources.model):
+        for batch in batches:
+            if sources.loss is not None:
+                sources.loss(sources.model, batch)
+            else:
+                args, kwargs = as_call(batch)
+                sources.model(*args, **kwargs)
+            count += 1
+    if not count:
+        raise ValueRangeError("the calibration data is empty: batches= gave no batch")

@@ -1,0 +1,91 @@
+"""Deep rewiring: a random walk of weights that cannot change their sign."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from prunus import allocations, rng, schedules, scores, select
+from prunus.compose import compose
+from prunus.core import Allocation, Signals, Site, Sparsifier, State, Update, Weights
+
+
+def deep_rewiring(
+    sparsity: float,
+    steps: int,
+    *,
+    lr: float,
+    l1: float = 1e-4,
+    temperature: float | None = None,
+    allocation: Allocation | None = None,
+) -> Sparsifier:
+    """DeepR: w = s theta with fixed random signs s; theta < 0 falls asleep, another one wakes up.
+
+    Before every optimizer step: theta <- theta - lr l1 + sqrt(2 lr temperature) noise for what is
+    on; where theta < 0 the weight is switched off, and as many of all sleeping weights, of all
+    sites alike, are switched on at 0. The optimizer's step is the gradient part of the walk.
+    lr: the optimizer's; temperature: None is lr l1^2 / 18. Default: er, for the first mask.
+    Source: Bellec, Kappel, Maass, Legenstein 2018, arXiv 1711.05136, algorithm 1.
+    """
+    heat = lr * l1**2 / 18 if temperature is None else temperature
+    walk = (lr * l1, math.sqrt(2 * lr * heat))
+    first = compose(
+        scores.random(),
+        allocation=allocation or allocations.er(),
+        schedule=schedules.one_shot(sparsity),
+    )
+
+    def needs(state: State) -> frozenset[str] | None:
+        return frozenset() if state.round == 0 and state.step < steps else None
+
+    def update(state: State, sites: Sequence[Site], weights: Weights, signals: Signals) -> Update:
+        select.check_weights(sites, weights)
+        if not state.masks:
+            start = first.update(replace(state, step=0), sites, weights, signals).state
+            signed = {s.name: weights[s.name].abs() * _signs(state, s, weights) for s in sites}
+            return Update(replace(start, step=state.step), signed)
+        return _step(state, sites, weights, *walk)
+
+    name = f"deep_rewiring({sparsity:g}, steps={steps}, lr={lr:g}, l1={l1:g})"
+    return Sparsifier(name, needs, first.init, update, target=sparsity, last=steps - 1)
+
+
+def _signs(state: State, site: Site, weights: Weights) -> Tensor:
+    """Return the sign of every weight, drawn once per seed: 1 or -1."""
+    w = weights[site.name]
+    u = rng.uniform((state.seed, site.name, "sign"), site.shape)
+    return torch.where(u < 0.5, -1.0, 1.0).to(w)
+
+
+def _step(
+    state: State, sites: Sequence[Site], weights: Weights, drift: float, noise: float
+) -> Update:
+    awake: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    ranks: dict[str, Tensor] = {}
+    kept = 0
+    for site in sites:
+        w, key = weights[site.name], (state.seed, state.step, site.name)
+        mask = state.masks.get(site.name, torch.ones(site.shape, dtype=torch.bool)).to(w.device)
+        signs = _signs(state, site, weights)
+        normal = torch.randn(site.shape, generator=rng.generator((*key, "noise"))).to(w)
+        theta = signs * w - drift + noise * normal
+        awake[site.name] = mask & (theta >= 0)
+        values[site.name] = torch.where(awake[site.name], signs * theta, 0.0)
+        draw = rng.uniform((*key, "wake"), site.shape).to(w.device)
+        ranks[site.name] = draw.masked_fill(awake[site.name], -1.0).reshape(1, -1)
+        kept += int(mask.sum())
+    missing = kept - sum(int(mask.sum()) for mask in awake.values())
+    counts = select.global_counts(ranks, dict.fromkeys(ranks, 1), missing)
+    masks = {
+        site.name: awake[site.name]
+        | select.keep_top(ranks[site.name], counts[site.name]).reshape(site.shape)
+        for site in sites
+    }
+    shares = {s.name: 1.0 - int(masks[s.name].sum()) / max(1, s.size) for s in sites}
+    masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+    return Update(replace(state, round=state.round + 1, masks=masks, sparsity=shares), values)

@@ -1,0 +1,154 @@
+"""The layers' steps for autograd: forward, gradient to the input, gradient to the values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from prunus.training.pattern import Pattern
+from prunus.training.products import multiply, multiply_transposed, sampled
+
+Pair = tuple[int, int]
+
+Rows = Callable[[int, int], Tensor]
+"""(begin, end) -> rows of the dense gradient to the weight, [end - begin, K]."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a layer computes: its pattern; native kernels or torch's; who reads its gradient rows."""
+
+    pattern: Pattern
+    native: bool = True
+    watch: Callable[[Rows], None] | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a convolution sees: kernel, stride, padding and dilation, each (height, width)."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    def output(self, height: int, width: int) -> Pair:
+        """Height and width of the result."""
+        sizes = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(
+                (height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        ]
+        return sizes[0], sizes[1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether every output pixel sees exactly its own input pixel."""
+        return (self.kernel, self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
+
+
+class LinearStep(torch.autograd.Function):
+    """y [N, M] = x [N, K] W^T + bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+        """Multiply; keeps x and the values."""
+        ctx.save_for_backward(x, values)
+        ctx.way = way
+        return multiply(way.pattern, values, x, bias, native=way.native)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradients to x [N, K], to the values [nnz] and to the bias [M]."""
+        (g,) = grads
+        x, values = ctx.saved_tensors
+        pattern, native = ctx.way.pattern, ctx.way.native
+        want_x, want_values, want_bias = ctx.needs_input_grad[:3]
+        if ctx.way.watch is not None:
+            ctx.way.watch(lambda begin, end: g[:, begin:end].t() @ x)
+        grad_x = multiply_transposed(pattern, values, g, native=native) if want_x else None
+        grad_values = sampled(pattern, x, g, native=native) if want_values else None
+        return grad_x, grad_values, g.sum(0) if want_bias else None, None
+
+
+class ConvolutionStep(torch.autograd.Function):
+    """y [B, M, H', W'] = W [M, C kh kw] times what each pixel sees of x [B, C, H, W], + bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, way: Way, window: Window
+    ) -> Tensor:
+        """Multiply a few images at a time; keeps x and the values, never the unfolded images."""
+        ctx.save_for_backward(x, values)
+        ctx.way, ctx.window = way, window
+        pattern, size = way.pattern, window.output(x.shape[2], x.shape[3])
+        y = x.new_empty((x.shape[0], pattern.shape[0], *size))
+        for part in images(x, pattern.shape[1], size):
+            columns = seen(x[part], window)
+            planes = multiply(pattern, values, columns, bias, planes=True, native=way.native)
+            y[part] = planes.unflatten(1, (-1, *size)).transpose(0, 1)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradients to x, to the values and to the bias."""
+        (g,) = grads
+        x, values = ctx.saved_tensors
+        pattern, native, window = ctx.way.pattern, ctx.way.native, ctx.window
+        want_x, want_values, want_bias = ctx.needs_input_grad[:3]
+        parts = images(x, pattern.shape[1], (g.shape[2], g.shape[3]))
+
+        def rows(begin: int, end: int) -> Tensor:
+            total = x.new_zeros(end - begin, pattern.shape[1])
+            for part in parts:
+                out = g[part, begin:end].transpose(0, 1).flatten(1)
+                total += out @ seen(x[part], window).t()
+            return total
+
+        if ctx.way.watch is not None:
+            ctx.way.watch(rows)
+        grad_x = torch.empty_like(x) if want_x else None
+        grad_values = torch.zeros_like(values) if want_values else None
+        for part in parts:
+            out = g[part].transpose(0, 1).flatten(1).contiguous()
+            if want_values:
+                columns = seen(x[part], window)
+                sampled(pattern, columns, out, planes=True, out=grad_values, native=native)
+            if grad_x is not None:
+                back = multiply_transposed(pattern, values, out, planes=True, native=native)
+                grad_x[part] = unseen(back, window, x[part])
+        return grad_x, grad_values, g.sum((0, 2, 3)) if want_bias else None, None, None
+
+
+def images(x: Tensor, rows: int, size: Pair, most: int = 1 << 22) -> list[slice]:
+    """Cut a batch so that unfolded parts hold about `most` elements: memory stays bounded."""
+    each = max(1, rows * size[0] * size[1])
+    step = max(1, most // each)
+    return [slice(i, min(len(x), i + step)) for i in range(0, len(x), step)]
+
+
+def seen(x: Tensor, window: Window) -> Tensor:
+    """[C kh kw, pixels of all images]: what each output pixel sees."""
+    if window.plain:
+        columns = x.flatten(2)
+    else:
+        columns = F.unfold(x, window.kernel, window.dilation, window.padding, window.stride)
+    return columns.transpose(0, 1).flatten(1).contiguous()
+
+
+def unseen(columns: Tensor, window: Window, like: Tensor) -> Tensor:
+    """The transpose of `seen`: add every pixel's share back into images shaped like `like`."""
+    parts = columns.unflatten(1, (like.shape[0], -1)).transpose(0, 1)
+    if window.plain:
+        return parts.reshape(like.shape)
+    size = (like.shape[2], like.shape[3])
+    return F.fold(parts, size, window.kernel, window.dilation, window.padding, window.stride)

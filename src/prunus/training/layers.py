@@ -1,0 +1,308 @@
+"""Layers whose parameter is the packed vector of their non-zero weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus import rng
+from prunus.core import check_sparsity
+from prunus.errors import FormatError, ShapeError
+from prunus.training.functions import ConvolutionStep, LinearStep, Pair, Rows, Way, Window
+from prunus.training.pattern import Pattern
+
+_INDEX = ("offsets", "columns")
+
+
+class SparseWeight(nn.Module):
+    """A weight [M, ...] that is stored as `values` [nnz], a parameter, and a Pattern.
+
+    Gradients and optimizer moments have nnz elements. `state_dict` holds values, row offsets
+    (int32) and columns (the bits of uint16 in int16); loading takes the topology with it, also one
+    with another number of non-zeros (then load before making the optimizer).
+    native: False computes in torch with blocks of rows made dense, which wins at low sparsity.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, pattern: Pattern, values: Tensor, bias: Tensor | None, shape: tuple[int, ...]
+    ) -> None:
+        """values: [nnz], in the pattern's order; shape: of the dense weight, [M, ...]."""
+        super().__init__()
+        if pattern.shape != (shape[0], math.prod(shape[1:])) or values.shape != (pattern.nnz,):
+            raise ShapeError(
+                f"{values.numel()} values and a {pattern.shape} pattern of {pattern.nnz} "
+                f"non-zeros do not make a weight {list(shape)}"
+            )
+        self.pattern = pattern
+        self.shape = tuple(shape)
+        self.values = nn.Parameter(values.detach().clone().contiguous())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.native = True
+        self.watch: Callable[[Rows], None] | None = None
+
+    @property
+    def nonzeros(self) -> int:
+        """Stored weights."""
+        return self.pattern.nnz
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weight that is not stored."""
+        return 1.0 - self.pattern.nnz / max(1, math.prod(self.shape))
+
+    def dense_weight(self) -> Tensor:
+        """The dense weight, made anew, detached."""
+        flat = self.values.new_zeros(math.prod(self.shape), requires_grad=False)
+        flat[self.pattern.places().to(flat.device)] = self.values.detach()
+        return flat.view(self.shape)
+
+    def mask(self) -> Tensor:
+        """Bool tensor of the weight's shape, True = stored."""
+        flat = torch.zeros(math.prod(self.shape), dtype=torch.bool)
+        flat[self.pattern.places()] = True
+        return flat.view(self.shape)
+
+    def sparse_counts(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """{parameter: (dense shape, non-zeros)} of the dense layer that this one stands for."""
+        counts = {"weight": (self.shape, self.nonzeros)}
+        if self.bias is not None:
+            counts["bias"] = (tuple(self.bias.shape), int(self.bias.count_nonzero()))
+        return counts
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Add the index to the parameters."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}offsets"] = self.pattern.offsets.clone()
+        destination[f"{prefix}columns"] = self.pattern.columns.clone()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
+        """Check and take the index, then the parameters; a wrong index changes nothing."""
+        names = ("local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs")
+        given = {**dict(zip(names, rest, strict=False)), **named}
+        offsets, columns, values = (
+            state_dict.get(f"{prefix}{name}") for name in (*_INDEX, "values")
+        )
+        if isinstance(offsets, Tensor) and isinstance(columns, Tensor):
+            try:
+                self._take(Pattern(self.pattern.shape, offsets, columns), values)
+            except FormatError as error:
+                given["error_msgs"].append(f"{prefix}values: {error}")
+                return
+        elif given["strict"]:
+            given["missing_keys"] += [
+                f"{prefix}{n}" for n in _INDEX if f"{prefix}{n}" not in state_dict
+            ]
+        index = {f"{prefix}{name}" for name in _INDEX}
+        plain = {name: value for name, value in state_dict.items() if name not in index}
+        super()._load_from_state_dict(plain, prefix, *given.values())
+
+    def _take(self, pattern: Pattern, values: Tensor | None) -> None:
+        """Replace the topology; FormatError if the values do not fit it."""
+        if values is None or values.shape != (pattern.nnz,):
+            held = "no" if values is None else values.numel()
+            raise FormatError(f"{held} values for {pattern.nnz} places")
+        self.pattern = pattern
+        if self.values.shape != values.shape:
+            self.values.grad = None
+            self.values.data = self.values.detach().new_zeros(values.shape)
+
+    def _way(self) -> Way:
+        return Way(self.pattern, self.native, self.watch)
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        """Return x in the dtype of the values: half inputs are computed in float32."""
+        return x if x.dtype == self.values.dtype else x.to(self.values.dtype)
+
+
+class TrainableLinear(SparseWeight):
+    """y [..., out] = x [..., in] W^T + bias with W sparse, for training."""
+
+    def __init__(self, pattern: Pattern, values: Tensor, bias: Tensor | None = None) -> None:
+        """See SparseWeight."""
+        super().__init__(pattern, values, bias, pattern.shape)
+        self.out_features, self.in_features = pattern.shape
+
+    @classmethod
+    def random(
+        cls, in_features: int, out_features: int, sparsity: float, bias: bool = True, seed: int = 0
+    ) -> TrainableLinear:
+        """Make a layer of random places without ever making it dense.
+
+        Values are uniform within 1 / sqrt(kept inputs per output), as nn.Linear's are within
+        1 / sqrt(inputs). Raises ValueRangeError, ShapeError.
+        """
+        size = in_features * out_features
+        places = distinct(size, round((1 - check_sparsity(sparsity)) * size), ("places", seed))
+        pattern = Pattern.of((out_features, in_features), places)
+        bound = 1 / math.sqrt(max(1.0, pattern.nnz / max(1, out_features)))
+        values = rng.uniform(("values", seed), (pattern.nnz,)).mul_(2).sub_(1).mul_(bound)
+        offset = rng.uniform(("bias", seed), (out_features,)).mul_(2).sub_(1).mul_(bound)
+        return cls(pattern, values, offset if bias else None)
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear, mask: Tensor | None = None) -> TrainableLinear:
+        """Take the kept weights of a dense layer; mask: bool [out, in], None: the non-zeros."""
+        pattern, values = _packed(module.weight, mask)
+        return cls(pattern, values, module.bias)
+
+    def to_dense(self) -> nn.Linear:
+        """The same layer as nn.Linear with zeros."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        return _filled(dense, self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]; ShapeError where the width differs."""
+        if input.shape[-1:] != (self.in_features,):
+            raise ShapeError(f"input is {list(input.shape)}, not [..., {self.in_features}]")
+        flat = self._inputs(input).reshape(-1, self.in_features)
+        y = _linear(flat, self.values, self.bias, self._way())  # pyright: ignore[reportCallIssue]
+        return y.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Sizes and sparsity."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, sparsity={self.sparsity:.4f}"
+        )
+
+
+class TrainableConv2d(SparseWeight):
+    """A 2-d convolution (groups = 1, zero padding) with a sparse weight, for training."""
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        values: Tensor,
+        bias: Tensor | None,
+        in_channels: int,
+        window: Window,
+    ) -> None:
+        """See SparseWeight; pattern: over [out, in kh kw]."""
+        super().__init__(pattern, values, bias, (pattern.shape[0], in_channels, *window.kernel))
+        self.in_channels, self.out_channels, self.window = in_channels, pattern.shape[0], window
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d, mask: Tensor | None = None) -> TrainableConv2d:
+        """Take the kept weights of a dense convolution; ShapeError for groups or odd padding."""
+        reason = unsupported(module)
+        if reason:
+            raise ShapeError(f"{module} cannot be trained packed: {reason}; keep it dense")
+        window = Window(
+            _pair(module.kernel_size),
+            _pair(module.stride),
+            _padding(module),
+            _pair(module.dilation),
+        )
+        pattern, values = _packed(module.weight, mask)
+        return cls(pattern, values, module.bias, module.in_channels, window)
+
+    def to_dense(self) -> nn.Conv2d:
+        """The same layer as nn.Conv2d with zeros."""
+        w = self.window
+        dense = nn.Conv2d(
+            self.in_channels, self.out_channels, w.kernel, w.stride, w.padding, w.dilation,
+            bias=self.bias is not None, device="meta",
+        )  # fmt: skip
+        return _filled(dense, self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [B, C, H, W] or [C, H, W]; ShapeError where the channels differ."""
+        if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
+            raise ShapeError(f"input is {list(input.shape)}, not [B, {self.in_channels}, H, W]")
+        x = self._inputs(input if input.dim() == 4 else input.unsqueeze(0))
+        y = _convolution(  # pyright: ignore[reportCallIssue]
+            x, self.values, self.bias, self._way(), self.window
+        )
+        return (y if input.dim() == 4 else y.squeeze(0)).to(input.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes and sparsity."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, {self.window}, "
+            f"bias={self.bias is not None}, sparsity={self.sparsity:.4f}"
+        )
+
+
+@torch.compiler.disable
+def _linear(*args: Any) -> Tensor:
+    return LinearStep.apply(*args)  # pyright: ignore[reportReturnType]
+
+
+@torch.compiler.disable
+def _convolution(*args: Any) -> Tensor:
+    return ConvolutionStep.apply(*args)  # pyright: ignore[reportReturnType]
+
+
+def unsupported(module: nn.Conv2d) -> str:
+    """Say why a convolution cannot be trained packed; empty if it can."""
+    if module.groups != 1:
+        return f"groups={module.groups}"
+    if module.padding_mode != "zeros":
+        return f"padding_mode={module.padding_mode!r}"
+    spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if module.padding == "same" and any(span % 2 for span in spans):
+        return "padding='same' is uneven for this kernel"
+    return ""
+
+
+def _padding(module: nn.Conv2d) -> Pair:
+    if module.padding == "valid":
+        return 0, 0
+    if module.padding == "same":
+        spans = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return spans[0], spans[1]
+    assert not isinstance(module.padding, str)
+    return _pair(module.padding)
+
+
+def _pair(value: tuple[int, ...]) -> Pair:
+    return int(value[0]), int(value[1])
+
+
+def _packed(weight: Tensor, mask: Tensor | None) -> tuple[Pattern, Tensor]:
+    """Return pattern and values of what a mask keeps (also zeros), or of the non-zeros."""
+    matrix = weight.detach().reshape(weight.shape[0], -1)
+    kept = matrix != 0 if mask is None else mask.to(weight.device).reshape(matrix.shape)
+    places = kept.reshape(-1).nonzero().flatten()
+    return Pattern.of((matrix.shape[0], matrix.shape[1]), places.cpu()), matrix.reshape(-1)[places]
+
+
+def _filled(dense: Any, module: SparseWeight) -> Any:
+    state = {"weight": module.dense_weight()}
+    if module.bias is not None:
+        state["bias"] = module.bias.detach().clone()
+    dense.load_state_dict(state, assign=True)
+    for parameter in dense.parameters():
+        parameter.requires_grad_()
+    return dense.train(module.training)
+
+
+def distinct(size: int, count: int, key: rng.Key) -> Tensor:
+    """Draw `count` distinct places below `size`, sorted, in memory proportional to `count`."""
+    if 2 * count > size:
+        left = torch.ones(size, dtype=torch.bool)
+        left[distinct(size, size - count, key)] = False
+        return left.nonzero().flatten()
+    generator = rng.generator(key)
+    found = torch.empty(0, dtype=torch.int64)
+    while len(found) < count:
+        more = torch.randint(size, (int((count - len(found)) * 1.1) + 16,), generator=generator)
+        found = torch.unique(torch.cat([found, more]))
+    surplus = len(found) - count
+    if surplus:
+        gone = torch.randperm(len(found), generator=generator)[:surplus]
+        stay = torch.ones(len(found), dtype=torch.bool)
+        stay[gone] = False
+        found = found[stay]
+    return found

@@ -1,0 +1,148 @@
+"""Where the weights of a sparse layer are: compressed rows, and the way to compressed columns."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunus.errors import FormatError, ShapeError
+from prunus.kernels import blob as blobs
+
+MAX_SIDE = 1 << 16
+"""Rows and columns that 16-bit indices reach."""
+
+_HEADER = struct.Struct("<4sHHQQQIIQQQ")
+_WRAP = 1 << 64
+
+
+class Pattern:
+    """The places of the non-zeros of a [rows, columns] matrix, ordered by row, then column.
+
+    offsets: int32 [rows + 1]; columns: int16 [nnz], the bits of uint16. Never changed: a new
+    topology is a new Pattern. The transposed index (int16 + int32 per non-zero) is built when the
+    gradient to the input is first wanted. Raises ShapeError beyond 65536 rows or columns and
+    FormatError for an index that is not sorted, unique and in bounds.
+    """
+
+    def __init__(self, shape: tuple[int, int], offsets: Tensor, columns: Tensor) -> None:
+        """Take an index as `state_dict` holds it."""
+        if max(shape) > MAX_SIDE:
+            raise ShapeError(
+                f"a {shape[0]} by {shape[1]} weight exceeds 16-bit indices ({MAX_SIDE} a side); "
+                f"keep the layer dense, or split it"
+            )
+        self.shape = shape
+        self.offsets = offsets.detach().to("cpu", torch.int32).contiguous().clone()
+        self.columns = columns.detach().to("cpu", torch.int16).contiguous().clone()
+        self.nnz = self.columns.numel()
+        self._check()
+        self._header = _header(shape, self.nnz)
+        self._turned: tuple[np.ndarray, Tensor, Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], places: Tensor) -> Pattern:
+        """Make a pattern of flat places (int64, row * columns + column), sorted and unique."""
+        rows = places.div(max(1, shape[1]), rounding_mode="floor")
+        counts = torch.bincount(rows, minlength=shape[0])
+        offsets = torch.zeros(shape[0] + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        columns = places - rows * shape[1]
+        return cls(shape, offsets, _narrow(columns))
+
+    def _check(self) -> None:
+        offsets, columns = self.offsets.long(), self.wide_columns()
+        fits = offsets.numel() == self.shape[0] + 1 and bool((offsets.diff() >= 0).all())
+        if not fits or int(offsets[0]) != 0 or int(offsets[-1]) != self.nnz:
+            raise FormatError(f"row offsets do not describe {self.nnz} non-zeros of {self.shape}")
+        if self.nnz and int(columns.max()) >= self.shape[1]:
+            raise FormatError(f"a column index exceeds the {self.shape[1]} columns of the weight")
+        starts = torch.zeros(self.nnz + 1, dtype=torch.bool)
+        starts[offsets] = True
+        if bool(((columns[1:] <= columns[:-1]) & ~starts[1 : self.nnz]).any()):
+            raise FormatError("the columns of a row are not sorted and unique")
+
+    def wide_columns(self) -> Tensor:
+        """Columns as int32 [nnz]."""
+        return self.columns.to(torch.int32) & 0xFFFF
+
+    def rows(self) -> Tensor:
+        """Row of every non-zero, int64 [nnz]."""
+        return torch.repeat_interleave(
+            torch.arange(self.shape[0]), self.offsets.long().diff(), output_size=self.nnz
+        )
+
+    def places(self) -> Tensor:
+        """Flat places, int64 [nnz], ascending."""
+        return self.rows() * self.shape[1] + self.wide_columns()
+
+    def row_places(self, begin: int, end: int) -> Tensor:
+        """Flat places within rows [begin, end), counted from row `begin`."""
+        first, last = int(self.offsets[begin]), int(self.offsets[end])
+        counts = self.offsets[begin : end + 1].long().diff()
+        rows = torch.repeat_interleave(torch.arange(end - begin), counts)
+        return rows * self.shape[1] + (self.columns[first:last].long() & 0xFFFF)
+
+    def address(self, values: Tensor) -> int:
+        """Address of a kernel blob's header over this index and `values` (float32, kept alive)."""
+        return _point(self._header, self.offsets, self.columns, values)
+
+    def turned_address(self, values: Tensor, scratch: Tensor) -> int:
+        """As `address`, of the transposed matrix; its values are gathered into `scratch` [nnz]."""
+        header, offsets, columns, order = self._transposed()
+        torch.index_select(values, 0, order, out=scratch)
+        return _point(header, offsets, columns, scratch)
+
+    def _transposed(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+        if self._turned is None:
+            columns = self.columns.numpy().view(np.uint16)
+            order = np.argsort(columns, kind="stable")  # a radix sort for 16-bit keys
+            offsets = np.zeros(self.shape[1] + 1, np.int32)
+            np.cumsum(np.bincount(columns, minlength=self.shape[1]), out=offsets[1:])
+            rows = self.rows().to(torch.int32).numpy()[order].astype(np.uint16)
+            self._turned = (
+                _header((self.shape[1], self.shape[0]), self.nnz),
+                torch.from_numpy(offsets),
+                torch.from_numpy(rows.view(np.int16)),
+                torch.from_numpy(order.astype(np.int32)),
+            )
+        return self._turned
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index, with its transpose as far as it was built."""
+        held = [self.offsets, self.columns, *(self._turned[1:] if self._turned else ())]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Pattern:
+        """Return the pattern itself: it never changes."""
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the index only; addresses are made anew."""
+        return Pattern, (self.shape, self.offsets, self.columns)
+
+
+def _narrow(columns: Tensor) -> Tensor:
+    """Turn columns below 65536 into the int16 with the same bits."""
+    return torch.from_numpy(columns.numpy().astype(np.uint16).view(np.int16))
+
+
+def _header(shape: tuple[int, int], nnz: int) -> np.ndarray:
+    raw = np.zeros(128, np.uint8)
+    start = -raw.ctypes.data % 64
+    header = raw[start : start + 64]
+    fields = (blobs.MAGIC, blobs.VERSION, blobs.CSR_F32, *shape, nnz, MAX_SIDE, 1, 0, 0, 0)
+    header[:] = np.frombuffer(_HEADER.pack(*fields), np.uint8)
+    return header
+
+
+def _point(header: np.ndarray, offsets: Tensor, columns: Tensor, values: Tensor) -> int:
+    """Let a header point at sections that lie elsewhere: distances from it, modulo 2^64."""
+    base = header.ctypes.data
+    places = header[40:64].view("<u8")
+    for i, section in enumerate((offsets, columns, values)):
+        places[i] = (section.data_ptr() - base) % _WRAP
+    return base
