@@ -7,10 +7,13 @@
 namespace prunus {
 
 // Task::flags, one at most: what is done to each output after bias and residual.
-enum : uint32_t { kRelu = 1u, kGelu = 2u, kGeluTanh = 4u, kSilu = 8u };
+enum : uint32_t { kRelu = 1u, kGelu = 2u, kGeluTanh = 4u, kSilu = 8u, kRelu6 = 16u };
 
 // Task::flags of a sampled product: add to what is in the output.
 constexpr uint32_t kAccumulate = 1u << 16;
+
+// A sampled product that reads x in place takes multiples of this many columns.
+constexpr int64_t kLongestSum = 128;
 
 // Row ranges given to a kernel start at multiples of this many rows.
 constexpr int64_t kRowGroup = 16;
@@ -40,6 +43,7 @@ struct Task {
   const Conv* conv;  // null but for convolutions
   const float* g;  // of a sampled product: the other factor, ldg floats between its rows
   int64_t ldg;
+  const int64_t* places;  // of a sampled product: where each column of W begins in x, or null
   float* workspace;  // 64-byte aligned, workspace_floats() long
 };
 

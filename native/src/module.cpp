@@ -46,8 +46,9 @@ Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t
   call.w = open_blob(reinterpret_cast<const void*>(blob));
   if (n < 0 || n > INT32_MAX || threads < 1)
     bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
-  if (flags > kSilu || (flags & (flags - 1)) != 0)
-    bad_value("unknown flags; known: one of 1 (ReLU), 2 (GELU), 4 (GELU by tanh), 8 (SiLU)");
+  if (flags > kRelu6 || (flags & (flags - 1)) != 0)
+    bad_value(
+        "unknown flags; known: one of 1 (ReLU), 2 (GELU), 4 (GELU by tanh), 8 (SiLU), 16 (ReLU6)");
   if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
   check_floats("x", x, n > 0 && call.w.cols > 0);
   check_floats("y", y, n > 0 && call.w.rows > 0);
@@ -136,13 +137,17 @@ void conv_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, const Geometry& geometry
 
 // out[nnz] (+)= G^T X at the non-zeros of the blob; rows of x and g lie ldx and ldg floats apart.
 void sddmm_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t n, bool tokens,
-               bool accumulate, int threads, int64_t ldx, int64_t ldg, int isa) {
+               bool accumulate, int threads, int64_t ldx, int64_t ldg, int isa,
+               uintptr_t places) {
   checked_blob(blob);
   SampledCall call{};
   call.pattern = open_blob(reinterpret_cast<const void*>(blob));
   if (n < 0 || n > INT32_MAX || threads < 1)
     bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
   if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
+  if (places % 8 != 0 || (places && (tokens || n % kLongestSum != 0 || call.pattern.blocks != 1)))
+    bad_value("places want planes, one block, and n as a multiple of 128");
+  call.places = reinterpret_cast<const int64_t*>(places);
   if (ldx < (tokens ? call.pattern.cols : n) || ldg < (tokens ? call.pattern.rows : n))
     bad_value("the row strides ldx and ldg must be at least the length of a row");
   check_floats("x", x, n > 0 && call.pattern.nnz > 0);
@@ -217,7 +222,8 @@ NB_MODULE(_native, m) {
         nb::arg("isa") = -1, nb::arg("residual_ptr") = 0);
   m.def("sddmm_ptr", &sddmm_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("g_ptr"),
         nb::arg("out_ptr"), nb::arg("n"), nb::arg("tokens"), nb::arg("accumulate"),
-        nb::arg("threads"), nb::arg("ldx"), nb::arg("ldg"), nb::arg("isa") = -1);
+        nb::arg("threads"), nb::arg("ldx"), nb::arg("ldg"), nb::arg("isa") = -1,
+        nb::arg("places_ptr") = 0);
   m.def("transpose_ptr", &transpose_ptr, nb::arg("from_ptr"), nb::arg("to_ptr"));
   m.def("available_isas", &available_isas);
   m.def("active_isa", [] { return kernels_at(active_index()).isa; });

@@ -11,7 +11,9 @@ namespace {
 
 constexpr int kMaxParts = 256;
 constexpr std::align_val_t kAlignment{64};
-constexpr int64_t kLongestPanel = 128;  // floats of the longest panel row of any instruction set
+// Of any instruction set, as sddmm-inl.h cuts them: floats of a panel row, and rows of a panel.
+constexpr int64_t kLongestPanel = kLongestSum;
+constexpr int64_t kLongestColumns = 1024;
 
 // One per thread, kept and grown.
 class Scratch {
@@ -71,9 +73,12 @@ bool run_share(void* context, int index) {
   task.begin_row = shares.row(index);
   task.end_row = shares.row(index + 1);
   if (task.begin_row >= task.end_row) return true;
-  const int64_t rows = task.w.cols + kTileRows + 3 * kRowGroup;
-  task.workspace = scratch.at_least(rows * kLongestPanel);
-  if (task.workspace == nullptr) return false;
+  if (task.places == nullptr) {
+    const int64_t rows = task.end_row - task.begin_row;
+    task.workspace =
+        scratch.at_least((kLongestColumns + rows + 2 * kRowGroup) * kLongestPanel + rows);
+    if (task.workspace == nullptr) return false;
+  }
   shares.kernel(task);
   return true;
 }
@@ -93,6 +98,7 @@ bool run_sampled(const SampledCall& call) {
   shares.task.ldx = call.ldx;
   shares.task.g = call.g;
   shares.task.ldg = call.ldg;
+  shares.task.places = call.places;
   shares.task.y = call.out;
   shares.task.n = call.n;
   shares.task.flags = call.accumulate ? kAccumulate : 0u;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TypeAlias
 
 from torch import Tensor
@@ -57,6 +58,20 @@ MOMENTUM = "momentum"
 COACTIVATION = "coactivation"
 """Signal: mean over examples of a unit's output times its input, for every weight (Hebb)."""
 
+HESSIAN_GRADIENT = "hessian_gradient"
+"""Signal: H g, the Hessian of the loss over all sites times its gradient."""
+
+# Signals of each output a of a site, after norm and activation, spread over the weight's shape:
+NORM_SCALE = "norm_scale"  # |gamma| of the batch norm that follows
+OUTPUT_ZEROS = "output_zeros"  # share of zeros
+OUTPUT_MAGNITUDE = "output_magnitude"  # E|a|
+OUTPUT_VARIANCE = "output_variance"  # E a^2 - (E a)^2
+OUTPUT_DISTINCTNESS = "output_distinctness"  # 1 - |correlation| with the nearest, when removed
+OUTPUT_SENSITIVITY = "output_sensitivity"  # max_k of the rms of do_k/da, o the network's outputs
+OUTPUT_TAYLOR = "output_taylor"  # mean over examples of |mean over positions of dL/da a|
+GATE = "gate"  # dL/d(alpha) of a gate alpha = 1 on a
+IMPORTANCE = "importance"  # |W_(l+1)|^T ... |W_L|^T 1
+
 VALIDATION_LOSS = "validation_loss"
 """Signal: the loss on held-out data, in `Signals.loss`; from `validate=` of attach and prune."""
 
@@ -66,6 +81,8 @@ RESERVE = "reserve"
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     """Return `sparsity` if it lies in [0, 1]; raise ValueRangeError if not (NaN included)."""
+    if not isinstance(sparsity, Real):
+        raise ValueRangeError(f"{name} is a number between 0 and 1, got {sparsity!r}")
     if not 0.0 <= sparsity <= 1.0:
         raise ValueRangeError(
             f"{name} is the fraction removed and lies between 0 and 1, got {sparsity!r}"

@@ -119,7 +119,7 @@ def evidence(
     Raises ValueRangeError (no data, batch_sizes, threads), ShapeError for data that is not pairs of
     tensors or that a network does not take, NotFiniteError for logits with NaN.
     """
-    if not batch_sizes or min(batch_sizes) < 1:
+    if not isinstance(batch_sizes, Sequence) or not batch_sizes or min(batch_sizes) < 1:
         raise ValueRangeError(f"batch_sizes is {batch_sizes!r}; pass whole numbers from 1")
     networks = {"dense": unwrap(model), "sparse": unwrap(fast)}
     files = {side: _file(network, side, file) for side, network in networks.items()}
@@ -227,8 +227,12 @@ def _accuracies(
 
 def _pairs(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (inputs, targets); a pair of tensors is one batch. Raises ShapeError."""
+    if not isinstance(data, Iterable):
+        raise ShapeError(
+            f"evidence: data is a {type(data).__name__}; pass (inputs, targets) or batches of them"
+        )
     whole = isinstance(data, (tuple, list)) and all(isinstance(part, Tensor) for part in data)
-    for number, batch in enumerate([data] if whole and len(data) else data):
+    for number, batch in enumerate([data] if whole and data else data):
         pair = list(batch) if isinstance(batch, (tuple, list)) else []
         if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
             kinds = [type(part).__name__ for part in pair]

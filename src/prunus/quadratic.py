@@ -155,14 +155,14 @@ def refit(model: Quadratic, keep: Tensor, site: str) -> Tensor:
     """
     found = torch.zeros_like(model.w)
     for h, w, on, out in zip(model.h, model.w, keep, found, strict=True):
-        most = int(on.sum(1).max()) if on.numel() else 0
-        if not most:
-            continue
-        target = w @ h
-        height = max(1, CHUNK // most**2)
-        for start in range(0, len(w), height):
-            rows = slice(start, start + height)
+        target, counts = w @ h, on.sum(1)
+        order = counts.argsort(descending=True, stable=True)  # rows of like length together
+        start, end = 0, int(torch.count_nonzero(counts))
+        while start < end:
+            height = max(1, CHUNK // int(counts[order[start]]) ** 2)
+            rows = order[start : min(start + height, end)]
             out[rows] = _refit(h, target[rows], on[rows], site)
+            start += height
     return found
 
 

@@ -122,7 +122,16 @@ def parameters(model: nn.Module, sites: Iterable[Site]) -> dict[str, nn.Paramete
 
 
 def weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return {site name: detached weight}, sharing memory with the parameters."""
+    """Return {site name: detached weight}, sharing memory with the parameters.
+
+    Raises SiteError for weights without data.
+    """
+    empty = [name for name, parameter in parameters.items() if parameter.is_meta]
+    if empty:
+        raise SiteError(
+            f"{', '.join(empty)} have no data yet (meta device): load weights first, or call "
+            f"model.to_empty(device='cpu') and initialise them"
+        )
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 

@@ -24,6 +24,22 @@ from prunus.errors import ShapeError
 from prunus.rng import uniform
 
 SCORES = {
+    "apoz": scores.apoz(),
+    "batchnorm_scale": scores.batchnorm_scale(),
+    "constant_output": scores.constant_output(),
+    "correlation": scores.correlation(),
+    "force": scores.force(),
+    "geometric_median": scores.geometric_median(),
+    "grasp": scores.grasp(),
+    "mean_activation": scores.mean_activation(),
+    "movement": scores.movement(),
+    "nisp": scores.nisp(),
+    "sensitivity": scores.sensitivity(),
+    "similarity": scores.similarity(),
+    "skeletonization": scores.skeletonization(),
+    "taylor_filter": scores.taylor_filter(),
+    "total_change": scores.total_change(),
+    "taylor_group": [scores.taylor_group(), scores.taylor_group(1)],
     "banded": scores.banded(),
     "block_fisher": [scores.block_fisher(7), scores.block_fisher(8, 0.01, taylor=True)],
     "diagonal_fisher": scores.diagonal_fisher(),
@@ -72,7 +88,10 @@ ALLOCATIONS = {
         allocations.by_flops(allocations.uniform(), {"c.*": 32.0, "*": 2.0}),
         allocations.by_flops(allocations.floor(allocations.global_()), {"c.*": 32.0, "*": 2.0}),
     ],
-    "by_bytes": [allocations.by_bytes(allocations.erk()), allocations.by_bytes(allocations.uniform(), 8, "csr")],
+    "by_bytes": [
+        allocations.by_bytes(allocations.erk()),
+        allocations.by_bytes(allocations.uniform(), 8),
+    ],
     "by_latency": [
         allocations.by_latency(
             {"*": {0.0: 3.0, 0.5: 2.0, 0.9: 0.5, 1.0: 0.0}},
@@ -144,6 +163,31 @@ def masks_of_sites() -> dict[str, torch.Tensor]:
 
 BLOCK = structures.block(2, 2)
 METHODS = {
+    "similarity": [(methods.similarity(0.5), 72)],
+    "geometric_median": [(methods.geometric_median(0.5), 72)],
+    "batchnorm_scale": [(methods.batchnorm_scale(0.5), 72)],
+    "constant_output": [(methods.constant_output(0.5), 72)],
+    "apoz": [(methods.apoz(0.5), 72)],
+    "mean_activation": [(methods.mean_activation(0.5), 72)],
+    "sensitivity": [(methods.sensitivity(0.5), 72)],
+    "correlation": [(methods.correlation(0.5), 72)],
+    "nisp": [(methods.nisp(0.5), 72)],
+    "skeletonization": [(methods.skeletonization(0.5), 72)],
+    "taylor_filter": [(methods.taylor_filter(0.5), 72)],
+    "lamp": [(methods.lamp(0.9), 1), (methods.lamp(0.9, step=2, structure=BLOCK), 4)],
+    "taylor": [(methods.taylor(0.9), 1)],
+    "movement": [(methods.movement(0.8, 40), 1)],
+    "total_change": [(methods.total_change(0.8, 20), 1)],
+    "expander": [(methods.expander(0.75), 16)],
+    "force": [(methods.force(0.9, rounds=4), 1)],
+    "global_sparse_momentum": [(methods.global_sparse_momentum(0.8, 20), 1)],
+    "grasp": [(methods.grasp(0.9), 1)],
+    "iterative_snip": [(methods.iterative_snip(0.9, rounds=4), 1)],
+    "ac_dc": [(methods.ac_dc(0.9, 40), 1), (methods.ac_dc(0.5, 40, structure=BLOCK), 4)],
+    "adaptive_pruning": [(methods.adaptive_pruning(0.9, 40), 1)],
+    "dense_sparse_dense": [(methods.dense_sparse_dense(0.3, 30), 1)],
+    "iterative_hard_thresholding": [(methods.iterative_hard_thresholding(0.8, 30), 1)],
+    "rising_threshold": [(methods.rising_threshold(0.4, 40, every=2), 1)],
     "one_shot_magnitude": [
         (methods.one_shot_magnitude(0.9), 1),
         (methods.one_shot_magnitude(0.0), 1),

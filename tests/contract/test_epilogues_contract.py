@@ -20,6 +20,7 @@ FUNCTIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "relu6": F.relu6,
 }
 
 
@@ -61,7 +62,7 @@ def test_activations_of_nan_and_infinity(activation, isa):
     weight = identity([math.nan, math.inf, -math.inf])
     y = call("tokens", weight, np.ones((1, 2), np.float32), activation=activation, isa=isa)[:, 0]
     assert np.isnan(y[0])
-    assert y[1] == np.inf
+    assert y[1] == (6 if activation == "relu6" else np.inf)
     assert y[2] == -np.inf if activation == "" else abs(y[2]) < 1e-30
 
 
@@ -90,7 +91,7 @@ def test_unknown_activations_flags_and_residuals_are_refused():
     blob, y = kernels.pack(weight), np.zeros((3, 2), np.float32)
     with pytest.raises(ValueRangeError, match="activation"):
         kernels.linear(blob, x, activation="tanh")
-    for flags in (3, 16, 6):
+    for flags in (3, 32, 6):
         with pytest.raises(ValueRangeError, match="unknown flags"):
             kernels.linear_ptr(blob.ctypes.data, x.ctypes.data, y.ctypes.data, 3, 0, flags)
         with pytest.raises(ValueRangeError, match="unknown flags"):

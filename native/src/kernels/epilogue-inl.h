@@ -51,6 +51,7 @@ inline Vec gelu_tanh(Vec x) {
 inline Vec activate(Vec value, uint32_t flags) {
   if (flags == 0) return value;
   if (flags & kRelu) return relu(value);
+  if (flags & kRelu6) return minimum(broadcast(6.0f), relu(value));
   if (flags & kGelu) return gelu(value);
   if (flags & kGeluTanh) return gelu_tanh(value);
   return gated(value, value);

@@ -5,15 +5,27 @@
 constexpr int kLongPanel = 8;
 constexpr int kShortPanel = 4;
 
-// Columns up to which a long panel stays within the second-level cache.
-constexpr int64_t kLongPanelColumns = 1536;
+// Columns of X in a panel: 512 KiB of a long panel stay within the second-level cache.
+constexpr int64_t kPanelColumns = 1024;
 
-// out[i] (+)= <g, panel row columns[i]>, i in [begin, end): kLanes products side by side, then one
+// Where the column of X that belongs to a column of the pattern begins: in a panel, or in place.
+struct InPanel {
+  const float* panel;
+  int64_t origin, stride;
+  const float* operator()(uint16_t column) const { return panel + (column - origin) * stride; }
+};
+
+struct InPlace {
+  const float* x;
+  const int64_t* places;
+  const float* operator()(uint16_t column) const { return x + places[column]; }
+};
+
+// out[i] (+)= <g, from(columns[i])>, i in [begin, end): kLanes products side by side, then one
 // register transpose adds up their lanes. In the tail the last column fills up groups of four.
-template <int V>
-inline void dots(const float* g, const float* panel, const uint16_t* columns, uint32_t begin,
+template <int V, class From>
+inline void dots(const float* g, const From& from, const uint16_t* columns, uint32_t begin,
                  uint32_t end, bool add_to, float* out) {
-  constexpr int64_t stride = V * kLanes;
   constexpr int kGroup = 4;
   Vec left[V];
 #pragma GCC unroll 16
@@ -26,7 +38,7 @@ inline void dots(const float* g, const float* panel, const uint16_t* columns, ui
       if (group < count) {
 #pragma GCC unroll 16
         for (int j = group; j < group + kGroup; ++j) {
-          const float* row = panel + columns[smaller(i + j, end - 1)] * stride;
+          const float* row = from(columns[smaller(i + j, end - 1)]);
           Vec sum = fma(left[0], load(row), zero());
 #pragma GCC unroll 16
           for (int v = 1; v < V; ++v) sum = fma(left[v], load(row + v * kLanes), sum);
@@ -47,33 +59,71 @@ inline void dots(const float* g, const float* panel, const uint16_t* columns, ui
   }
 }
 
+// The first place in [begin, end) whose column is at least `column`.
+inline uint32_t first_from(const uint16_t* columns, uint32_t begin, uint32_t end, int64_t column) {
+  while (begin < end) {
+    const uint32_t middle = begin + (end - begin) / 2;
+    if (columns[middle] < column) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
 // Rows [begin_row, end_row) of the pattern, over all tokens; a row's values do not depend on the
-// range that it is in.
+// range that it is in. Columns pass in chunks: cursors remember where in its row each chunk begins.
 template <class Layout, int V>
 inline void sddmm_rows(const Task& task) {
   constexpr int64_t tokens = V * kLanes;
   const Weight& w = task.w;
   float* panel = task.workspace;
-  float* left = panel + (w.cols + kRowGroup) / kRowGroup * kRowGroup * tokens;
+  float* left = panel + (kPanelColumns + kRowGroup) * tokens;
+  const int64_t rows = task.end_row - task.begin_row;
+  uint32_t* cursors = reinterpret_cast<uint32_t*>(left + (rows + kRowGroup) * tokens);
   for (int64_t first = 0; first < task.n; first += tokens) {
     const int64_t count = smaller(tokens, task.n - first);
     const bool add_to = first > 0 || (task.flags & kAccumulate);
-    Layout::template gather<V>(task, first, count, panel);
-    for (int64_t row = task.begin_row; row < task.end_row; row += kTileRows) {
-      const int64_t stop = smaller(row + kTileRows, task.end_row);
-      Task part = task;
-      part.w.cols = stop - row;
-      part.x = task.g + row * Layout::row_step(task.ldg);
-      part.ldx = task.ldg;
-      Layout::template gather<V>(part, first, count, left);
-      for (uint32_t b = 0; b < w.blocks; ++b) {
-        const uint32_t* offsets = w.offsets + b * w.rows;
-        const float* source = panel + static_cast<int64_t>(b) * w.block * tokens;
-        for (int64_t r = row; r < stop; ++r)
-          dots<V>(left + (r - row) * tokens, source, w.columns, offsets[r], offsets[r + 1], add_to,
-                  task.y);
+    Task part = task;
+    part.w.cols = rows;
+    part.x = task.g + task.begin_row * Layout::row_step(task.ldg);
+    part.ldx = task.ldg;
+    Layout::template gather<V>(part, first, count, left);
+    part.ldx = task.ldx;
+    for (uint32_t b = 0; b < w.blocks; ++b) {
+      const uint32_t* offsets = w.offsets + b * w.rows + task.begin_row;
+      const int64_t start = static_cast<int64_t>(b) * w.block;
+      const int64_t width = smaller(w.block, w.cols - start);
+      for (int64_t r = 0; r < rows; ++r) cursors[r] = offsets[r];
+      for (int64_t chunk = 0; chunk < width; chunk += kPanelColumns) {
+        const bool last = chunk + kPanelColumns >= width;
+        part.w.cols = smaller(kPanelColumns, width - chunk);
+        part.x = task.x + (start + chunk) * Layout::row_step(task.ldx);
+        Layout::template gather<V>(part, first, count, panel);
+        const InPanel from{panel, chunk, tokens};
+        for (int64_t r = 0; r < rows; ++r) {
+          const uint32_t begin = cursors[r];
+          uint32_t end = offsets[r + 1];
+          if (!last) end = first_from(w.columns, begin, end, chunk + kPanelColumns);
+          cursors[r] = end;
+          dots<V>(left + r * tokens, from, w.columns, begin, end, add_to, task.y);
+        }
       }
     }
+  }
+}
+
+// As sddmm_rows, of planes that are read where they lie: column k of the pattern begins at
+// x + places[k]. n is a multiple of kLongestSum, and there is one block.
+template <int V>
+inline void sddmm_in_place(const Task& task) {
+  for (int64_t first = 0; first < task.n; first += V * kLanes) {
+    const bool add_to = first > 0 || (task.flags & kAccumulate);
+    const InPlace from{task.x + first, task.places};
+    for (int64_t r = task.begin_row; r < task.end_row; ++r)
+      dots<V>(task.g + r * task.ldg + first, from, task.w.columns, task.w.offsets[r],
+              task.w.offsets[r + 1], add_to, task.y);
   }
 }
 
@@ -87,7 +137,7 @@ struct PlaneRows : Planes {
 
 template <class Layout>
 inline void sddmm(const Task& task) {
-  if (task.w.cols <= kLongPanelColumns && task.n > kShortPanel * kLanes) {
+  if (task.n > kShortPanel * kLanes) {
     sddmm_rows<Layout, kLongPanel>(task);
   } else {
     sddmm_rows<Layout, kShortPanel>(task);
@@ -95,4 +145,11 @@ inline void sddmm(const Task& task) {
 }
 
 void sddmm_tokens_f32(const Task& task) { sddmm<TokenRows>(task); }
-void sddmm_planes_f32(const Task& task) { sddmm<PlaneRows>(task); }
+void sddmm_planes_f32(const Task& task) {
+  static_assert(kLongestSum % (kLongPanel * kLanes) == 0, "whole panels");
+  if (task.places != nullptr) {
+    sddmm_in_place<kLongPanel>(task);
+  } else {
+    sddmm<PlaneRows>(task);
+  }
+}

@@ -10,7 +10,6 @@ from torch import Tensor
 from prunus.allocations.measured import table_of
 from prunus.core import Allocation, Scores, Site
 from prunus.errors import TargetError, ValueRangeError
-from prunus.formats import FORMATS, smallest
 
 FRONT = 20_000
 """Totals of time and loss that the search by latency goes on with, at most."""
@@ -53,20 +52,26 @@ def by_flops(base: Allocation, flops: Mapping[str, float]) -> Allocation:
     return _by_cost("by_flops", "FLOPs", base, cost, lambda site: cost(site, 0.0))
 
 
-def by_bytes(base: Allocation, bits: int = 32, format: str = "auto") -> Allocation:
+def by_bytes(
+    base: Allocation, bits: int = 32, size: Callable[[tuple[int, ...], int], float] | None = None
+) -> Allocation:
     """Remove a fraction of the bytes of the weights as stored: `base` shares out what this takes.
 
-    bits: of a value; format: "auto" (the smallest of each site), "dense", "bitmap" or "csr". The
-    dense bytes are 1. For b bytes in all ask for the sparsity 1 - b / dense bytes. The sparsity
-    that `base` gets is found by bisection. Raises TargetError where the index leaves no such size.
+    bits: of a value; size(shape, nonzeros) -> bytes of a site as stored, e.g. that of a format:
+    lambda shape, n: prunus.formats.FORMATS["csr"].size(shape, n, 32). By default the smaller of
+    dense and bitmap, which adds one bit for every element. For b bytes in all ask for the sparsity
+    1 - b / dense bytes. The sparsity that `base` gets is found by bisection. Raises TargetError
+    where the index leaves no such size.
     """
-    if format != "auto" and format not in FORMATS:
-        raise ValueRangeError(f"format {format!r} is unknown; use auto, {', '.join(FORMATS)}")
+    if bits < 1:
+        raise ValueRangeError(f"a value has at least 1 bit, got {bits}")
 
     def cost(site: Site, removed: float) -> float:
         kept = round(site.size * (1.0 - removed))
-        name = smallest(site.shape, kept, bits) if format == "auto" else format
-        return float(FORMATS[name].size(site.shape, kept, bits))
+        if size is not None:
+            return float(size(site.shape, kept))
+        bitmap = (site.size + 7) // 8 + (kept * bits + 7) // 8
+        return float(min(bitmap, (site.size * bits + 7) // 8))
 
     return _by_cost("by_bytes", "bytes", base, cost, lambda site: site.size * bits / 8)
 

@@ -62,17 +62,17 @@ def mlp(
     inputs: int = 64, hidden: Sequence[int] = (1536, 1536), classes: int = 10, *, seed: int = 0
 ) -> MLP:
     """A wide MLP, 2.5 million parameters by default."""
-    return _seeded(seed, lambda: MLP(inputs, hidden, classes))
+    return seeded(seed, lambda: MLP(inputs, hidden, classes))
 
 
 def digits_cnn(width: int = 32, classes: int = 10, *, seed: int = 0) -> DigitsCNN:
     """A CNN for 8x8 images, 211 thousand parameters by default."""
-    return _seeded(seed, lambda: DigitsCNN(width, classes))
+    return seeded(seed, lambda: DigitsCNN(width, classes))
 
 
 def lenet_300_100(inputs: int = 784, classes: int = 10, *, seed: int = 0) -> MLP:
     """The MLP 784-300-100-10 (LeCun, Bottou, Bengio, Haffner, 1998), with ReLU."""
-    return _seeded(seed, lambda: MLP(inputs, (300, 100), classes))
+    return seeded(seed, lambda: MLP(inputs, (300, 100), classes))
 
 
 def _block(fan_in: int, fan_out: int, kernel: int) -> nn.Sequential:
@@ -86,7 +86,7 @@ def _block(fan_in: int, fan_out: int, kernel: int) -> nn.Sequential:
     )
 
 
-def _seeded(seed: int, build: Callable[[], Model]) -> Model:
+def seeded(seed: int, build: Callable[[], Model]) -> Model:
     """Build with the given seed and leave the global random state as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -14,7 +14,11 @@ FROM_INITIALISATION = frozenset(
     {
         "deep_rewiring",
         "dynamic_reparameterization",
+        "expander",
+        "force",
         "granet",
+        "grasp",
+        "iterative_snip",
         "itop",
         "mest",
         "nest",

@@ -1,7 +1,8 @@
 """The driver: the only impure Python between a pure method and a living model."""
 
-from prunus.drive.attach import Attached, attach, attached
+from prunus.drive.attach import Attached, attach
 from prunus.drive.once import prune
+from prunus.drive.registry import attached
 from prunus.drive.sequential import prune_sequential
 from prunus.drive.signals import Sources, collect
 

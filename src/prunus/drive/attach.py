@@ -15,13 +15,18 @@ from torch.optim import Optimizer
 from prunus import sites as sites_
 from prunus.core import GRADIENT, Masks, Site, Sparsifier, State
 from prunus.drive.agree import check_agreement
-from prunus.drive.checkpoint import KEY, from_blob, to_blob
+from prunus.drive.checkpoint import KEY, from_blob, same_method, to_blob
+from prunus.drive.registry import (
+    enter,
+    expect_arguments,
+    expect_free,
+    leave,
+    real_optimizer,
+    trained_sites,
+)
 from prunus.drive.reserve import hide, recall
 from prunus.drive.signals import Sources, collect
 from prunus.errors import AttachError, SignalError
-
-# Weak on both sides: the optimizer's hooks keep an Attached alive, and nothing else has to.
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attached]] = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -45,24 +50,16 @@ def attach(
 
     include, exclude: which weights (see `sites.find`); inputs: one example batch, for methods that
     run the network themselves (SynFlow); validate: returns the loss on held-out data, for schedules
-    that adapt to it; seed: of random choices.
-    Returns an Attached. Raises AttachError if the optimizer holds none of the weights or already
-    has a sparsifier, SiteError, NotFiniteError, SignalError as the parts do.
+    that adapt to it; seed: of random choices. An optimizer in the wrapper of a trainer (Accelerate,
+    Lightning) is found inside it.
+    Returns an Attached. Raises AttachError if the optimizer holds none of the weights, if it, the
+    model or a weight already has a sparsifier; SiteError, NotFiniteError, SignalError as the parts.
     """
-    if not isinstance(sparsifier, Sparsifier):
-        raise AttachError(
-            f"expected a method such as pr.methods.gradual_magnitude(...), got {sparsifier!r}"
-        )
-    _check_free(model)
-    attached = Attached(
-        sparsifier,
-        model,
-        optimizer,
-        _sites(model, optimizer, include, exclude),
-        inputs,
-        seed,
-        validate,
-    )
+    expect_arguments(sparsifier, model, seed)
+    optimizer = real_optimizer(optimizer)
+    sites = trained_sites(model, optimizer, include, exclude)
+    expect_free(model, optimizer, sites)
+    attached = Attached(sparsifier, model, optimizer, sites, inputs, seed, validate)
     try:
         attached._start()
     except BaseException:
@@ -71,57 +68,11 @@ def attach(
     return attached
 
 
-def attached(model: nn.Module) -> Attached | None:
-    """Return what is attached to a model, None if nothing is."""
-    reference = _ATTACHED.get(sites_.unwrap(model))
-    known = None if reference is None else reference()
-    return known if known is not None and known.alive else None
-
-
-def _check_free(model: nn.Module) -> None:
-    known = attached(model)
-    if known is not None:
-        raise AttachError(
-            f"{known.sparsifier} is already attached to this model: combine methods with "
-            f"pr.combine, or end it first with pr.attached(model).detach()"
-        )
-
-
-def _sites(
-    model: nn.Module, optimizer: Optimizer, include: sites_.Patterns, exclude: sites_.Patterns
-) -> tuple[Site, ...]:
-    """Find the sites and make sure that this optimizer trains them."""
-    found = sites_.find(model, include, exclude)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    parameters = sites_.parameters(model, found)
-    for name, parameter in parameters.items():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise AttachError(
-                f"{name!r} is a sharded DTensor (FSDP), which masks do not support yet; use DDP"
-            )
-    trained = tuple(s for s in found if id(parameters[s.name]) in held)
-    if not trained:
-        raise AttachError(
-            "the optimizer trains none of the prunable weights of this model; was it made before "
-            "the model was moved or changed? Make the optimizer from model.parameters() again"
-        )
-    foreign = [
-        s.name
-        for s in found
-        if id(parameters[s.name]) not in held and parameters[s.name].requires_grad
-    ]
-    if foreign:
-        raise AttachError(
-            f"this optimizer does not train {', '.join(foreign)}, so nothing would keep them "
-            f"sparse; pass exclude= for them, or attach to the optimizer that trains them"
-        )
-    return trained
-
-
 class Attached:
     """A sparsifier at work on a model and its optimizer.
 
-    state: the pure State; masks: what is kept now; sites: what is pruned.
+    state: the pure State; masks: what is kept now; sites: what is pruned;
+    parameters: site name -> its live parameter.
     """
 
     def __init__(
@@ -141,8 +92,8 @@ class Attached:
         self._wrapped = model
         self._inputs = inputs
         self._validate = validate
-        self._parameters = sites_.parameters(model, sites)
-        self.state: State = sparsifier.init(sites, sites_.weights(self._parameters), seed)
+        self.parameters = sites_.parameters(model, sites)
+        self.state: State = sparsifier.init(sites, sites_.weights(self.parameters), seed)
         self._off: dict[str, Tensor] = {}
         self._skipped = False
         self._recalled = False
@@ -191,7 +142,11 @@ class Attached:
         }
 
     def unfinished(self) -> str | None:
-        """Say in a sentence what the schedule still owes, None if its target is reached."""
+        """Say in a sentence what is owed: the end of the schedule, or zeros; None if nothing is."""
+        return self._unkept() or self._early()
+
+    def _early(self) -> str | None:
+        """Say what the schedule still owes."""
         last, step = self.sparsifier.last, self.state.step
         if last is None or step > last:
             return None
@@ -204,13 +159,38 @@ class Attached:
             f"{self.state.step} were made{goal}"
         )
 
+    def _unkept(self) -> str | None:
+        """Say what was changed behind the masks since the last step."""
+        now = dict(self.model.named_parameters(remove_duplicate=False))
+        replaced = [name for name, p in self.parameters.items() if now.get(name) is not p]
+        if replaced:
+            return (
+                f"{', '.join(replaced)} became other parameters after {self.sparsifier} was "
+                f"attached, and its masks do not reach them: detach, make a new optimizer, attach"
+            )
+        filled = [n for n, off in self._off.items() if self.parameters[n][off].count_nonzero()]
+        if not filled:
+            return None
+        return (
+            f"{', '.join(filled)} hold values where {self.sparsifier} keeps zeros, written after "
+            f"its last step (load_state_dict?): call pr.attached(model).enforce() to clear them"
+        )
+
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """Zero what is off now, as every step does; for weights that were loaded in between."""
+        for name, off in self._off.items():
+            parameter = self.parameters[name]
+            if off.device != parameter.device:
+                self._off[name] = off = off.to(parameter.device)
+            parameter.masked_fill_(off, 0)
+
     def detach(self) -> None:
         """Stop: hooks are removed, weights stay as they are (nothing keeps them zero any more)."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if attached(self.model) is None:
-            _ATTACHED.pop(self.model, None)
+        leave(self.model)
 
     def __repr__(self) -> str:
         """Show the method, where it stands and what it reached."""
@@ -241,16 +221,17 @@ class Attached:
 
     def _start(self) -> None:
         self._install()
-        blob = self.optimizer.param_groups[0].pop(KEY, None)
+        blob = self.optimizer.param_groups[0].get(KEY)
         if blob is not None:
             self._restore(blob)
+            del self.optimizer.param_groups[0][KEY]
             return
         due = self.sparsifier.needs(self.state)
         # Only what needs no gradient can happen before the first backward pass.
         while due is not None and GRADIENT not in due:
             self._update(due, training=False)
             due = self.sparsifier.needs(self.state)
-        self._enforce()
+        self.enforce()
 
     def _install(self) -> None:
         optimizer = self.optimizer
@@ -260,7 +241,7 @@ class Attached:
             optimizer.register_state_dict_post_hook(self._save),
             optimizer.register_load_state_dict_post_hook(self._load),
         ]
-        _ATTACHED[self.model] = weakref.ref(self)
+        enter(self.model, self)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -307,27 +288,32 @@ class Attached:
                     )
                 self._update(due, training=True)
                 stale = stale or GRADIENT in due
-        for name, off in self._off.items():
-            grad, trained = self._parameters[name].grad, self.state.trained.get(name)
+        for name in self._off.keys() | self.state.trained.keys():
+            grad, trained = self.parameters[name].grad, self.state.trained.get(name)
             if grad is not None:
-                frozen = off if trained is None else ~trained
+                if grad.layout != torch.strided:
+                    raise AttachError(
+                        f"the gradient of {name!r} is sparse, and masks need a strided one: build "
+                        f"the layer with sparse=False, or pass exclude= for it"
+                    )
+                frozen = self._off[name] if trained is None else ~trained
                 grad.masked_fill_(frozen.to(grad.device), 0)
         if self.state.trained:
-            recall(self._parameters, self.state)
+            recall(self.parameters, self.state)
             self._recalled = True
 
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._hide()
-        self._enforce()
+        self.enforce()
         if not self._skipped:
             self.state = self.state.next_step()
 
     def _hide(self) -> None:
         """Put what the optimizer trained although it is off back into the reserve."""
         if self._recalled:
-            self.state = hide(self._parameters, self.state)
+            self.state = hide(self.parameters, self.state)
             self._recalled = False
 
     # --- updates ------------------------------------------------------------------------------
@@ -336,13 +322,13 @@ class Attached:
         sources = Sources(
             self.model,
             self.sites,
-            self._parameters,
+            self.parameters,
             self.state.masks,
             inputs=self._inputs,
             training=training,
             validate=self._validate,
         )
-        weights = sites_.weights(self._parameters)
+        weights = sites_.weights(self.parameters)
         result = self.sparsifier.update(self.state, self.sites, weights, collect(needs, sources))
         if result.state.round <= self.state.round:
             raise AttachError(
@@ -351,10 +337,10 @@ class Attached:
             )
         with torch.no_grad():
             for name, value in result.weights.items():
-                self._parameters[name].copy_(value)
+                self.parameters[name].copy_(value)
         self._adopt(result.state, rewritten=frozenset(result.weights))
         if type(self._wrapped).__name__ == "DistributedDataParallel" and dist.is_initialized():
-            device = next(iter(self._parameters.values())).device
+            device = next(iter(self.parameters.values())).device
             check_agreement(self.state.masks, self.state.step, device)
 
     @torch.no_grad()
@@ -362,7 +348,7 @@ class Attached:
         """Take over a state: what changed loses its moments, what came back starts at zero."""
         before, self._off = self._off, {}
         for site in self.sites:
-            parameter = self._parameters[site.name]
+            parameter = self.parameters[site.name]
             mask = state.masks.get(site.name)
             if mask is not None:
                 self._off[site.name] = ~mask.to(parameter.device)
@@ -378,20 +364,12 @@ class Attached:
                 if parameter.grad is not None:
                     parameter.grad.masked_fill_(changed, 0)
         self.state = state
-        self._enforce()
+        self.enforce()
 
     def _reset_moments(self, parameter: nn.Parameter, where: Tensor) -> None:
         for value in self.optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 value.masked_fill_(where.to(value.device), 0)
-
-    @torch.no_grad()
-    def _enforce(self) -> None:
-        for name, off in self._off.items():
-            parameter = self._parameters[name]
-            if off.device != parameter.device:
-                self._off[name] = off = off.to(parameter.device)
-            parameter.masked_fill_(off, 0)
 
     # --- checkpoints --------------------------------------------------------------------------
 
@@ -404,13 +382,18 @@ class Attached:
 
     def _restore(self, blob: dict[str, Any]) -> None:
         state = from_blob(blob, self.sites)
+        if not same_method(state, self.state):
+            raise AttachError(
+                f"the checkpoint was made with another combination of methods than "
+                f"{self.sparsifier}: attach the method that it was made with"
+            )
         self._off = {}
         with torch.no_grad():
             for name, mask in state.masks.items():
-                parameter = self._parameters[name]
+                parameter = self.parameters[name]
                 off = ~mask.to(parameter.device)
                 self._off[name] = off
                 trained = state.trained.get(name)
                 self._reset_moments(parameter, off if trained is None else ~trained)
         self.state = state
-        self._enforce()
+        self.enforce()

@@ -35,12 +35,29 @@ def to_blob(state: State) -> dict[str, Any]:
 
 
 def from_blob(blob: Mapping[str, Any], sites: Sequence[Site]) -> State:
-    """Rebuild a state; raises AttachError if it does not fit these sites."""
-    if blob.get("version") != VERSION:
+    """Rebuild a state; raises AttachError if it is malformed or does not fit these sites."""
+    version = blob.get("version") if isinstance(blob, Mapping) else None
+    if version != VERSION:
         raise AttachError(
-            f"the checkpoint's sparsity state has version {blob.get('version')!r}; "
+            f"the checkpoint's sparsity state has version {version!r}; "
             f"this prunus reads version {VERSION}"
         )
+    try:
+        return _state(blob, sites)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AttachError(
+            f"the checkpoint's sparsity state is damaged: {type(error).__name__} {error}"
+        ) from error
+
+
+def same_method(state: State, other: State) -> bool:
+    """Tell whether two states combine the same number of methods in the same way."""
+    return len(state.children) == len(other.children) and all(
+        same_method(a, b) for a, b in zip(state.children, other.children, strict=True)
+    )
+
+
+def _state(blob: Mapping[str, Any], sites: Sequence[Site]) -> State:
     shapes = {site.name: site.shape for site in sites}
     return State(
         seed=int(blob["seed"]),

@@ -11,9 +11,10 @@ from torch import nn
 
 from prunus import sites as sites_
 from prunus.core import Masks, Sparsifier, State
+from prunus.drive.registry import attached
 from prunus.drive.sequential import Progress, prune_sequential
 from prunus.drive.signals import Loss, Sources, collect
-from prunus.errors import SignalError
+from prunus.errors import AttachError, SignalError
 
 
 def prune(
@@ -40,8 +41,10 @@ def prune(
     after the other, each on what the pruned ones before it put out; blocks and progress: see
     `drive.prune_sequential`. Returns the masks; to go on training with them,
     attach `methods.fixed()`. On an error the weights are as they were.
-    Raises SignalError if the method has no end or misses a signal, TargetError, NotFiniteError.
+    Raises AttachError for a model whose zeros an attached sparsifier keeps, SignalError if the
+    method has no end or misses a signal, TargetError, NotFiniteError.
     """
+    _expect_free(model, sparsifier)
     if sparsifier.last is None:
         raise SignalError(f"{sparsifier} never ends by itself: attach it to an optimizer instead")
     if sequential:
@@ -91,6 +94,20 @@ def prune(
                 parameters[name].copy_(value)
         raise
     return state.masks
+
+
+def _expect_free(model: nn.Module, sparsifier: Sparsifier) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(sparsifier, Sparsifier):
+        raise AttachError(
+            f"expected a model and a method, got {type(model).__name__} and "
+            f"{type(sparsifier).__name__}; the order is pr.prune(model, method)"
+        )
+    known = attached(model)
+    if known is not None:
+        raise AttachError(
+            f"{known.sparsifier} is attached to this model and would undo other masks at its next "
+            f"step: end it first with pr.attached(model).detach(), or use pr.combine.then"
+        )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import numpy as np
 from prunus.kernels import blob as blobs
 from prunus.kernels.geometry import Geometry
 
-ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 4, "silu": 8}
+ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 4, "silu": 8, "relu6": 16}
 _CHUNK = 1 << 20  # elements of a temporary product
 _erfc = np.frompyfunc(math.erfc, 1, 1)
 
@@ -36,6 +36,7 @@ _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu": _gelu,
     "gelu_tanh": lambda x: _gated(x, math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
     "silu": lambda x: _gated(x, x),
+    "relu6": lambda x: np.minimum(np.maximum(x, 0.0), 6.0),
 }
 
 

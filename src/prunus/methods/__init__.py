@@ -1,8 +1,41 @@
 """Named methods: recipes of slots, with their papers' defaults."""
 
+from prunus.methods.criteria import (
+    lamp,
+    movement,
+    taylor,
+    total_change,
+)
 from prunus.methods.dynamic import granet, itop, mest, nest, rigl, set_, sparse_momentum
 from prunus.methods.fixed import fixed
+from prunus.methods.initialization import (
+    expander,
+    force,
+    grasp,
+    iterative_snip,
+)
 from prunus.methods.lottery import Ticket, lottery_ticket
+from prunus.methods.outputs import (
+    apoz,
+    batchnorm_scale,
+    constant_output,
+    correlation,
+    geometric_median,
+    mean_activation,
+    nisp,
+    sensitivity,
+    similarity,
+    skeletonization,
+    taylor_filter,
+)
+from prunus.methods.passive import global_sparse_momentum
+from prunus.methods.phases import (
+    ac_dc,
+    adaptive_pruning,
+    dense_sparse_dense,
+    iterative_hard_thresholding,
+    rising_threshold,
+)
 from prunus.methods.post_training import (
     alps,
     exact_obc,
@@ -26,29 +59,54 @@ from prunus.methods.top_kast import top_kast
 
 __all__ = [
     "Ticket",
+    "ac_dc",
+    "adaptive_pruning",
     "alps",
+    "apoz",
+    "batchnorm_scale",
+    "constant_output",
+    "correlation",
     "deep_rewiring",
+    "dense_sparse_dense",
     "dynamic_reparameterization",
     "exact_obc",
+    "expander",
     "fixed",
+    "force",
+    "geometric_median",
+    "global_sparse_momentum",
     "gradual_magnitude",
     "granet",
+    "grasp",
+    "iterative_hard_thresholding",
+    "iterative_snip",
     "itop",
+    "lamp",
     "layerwise_obs",
     "lottery_ticket",
+    "mean_activation",
     "mest",
+    "movement",
     "nest",
+    "nisp",
     "obd",
     "obs",
     "one_shot_magnitude",
     "random_pruning",
     "rigl",
+    "rising_threshold",
+    "sensitivity",
     "set_",
+    "similarity",
+    "skeletonization",
     "snip",
     "sparse_momentum",
     "sparsegpt",
     "synflow",
+    "taylor",
+    "taylor_filter",
     "top_kast",
+    "total_change",
     "wanda",
     "woodfisher",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
-from prunus.runtime import candidates, fuse
+from prunus.runtime import blocks, candidates, fuse
 from prunus.runtime.candidates import Call, Calls
 from prunus.runtime.measure import interleaved, machine, thread_count
 from prunus.runtime.plan import DENSE, SPARSE, Layer, Plan, Row
@@ -32,6 +32,7 @@ MODEL_BUDGET = 1.0
 MOST_SHAPES = 4
 """Input shapes per layer that are measured, the most frequent first."""
 LAST = "channels_last"
+NOTHING = blocks.Fused()
 
 
 def compile(
@@ -49,8 +50,10 @@ def compile(
     will be used. Each nn.Linear and nn.Conv2d at `minimum_sparsity` or more is timed against its
     packed twin on its real input shapes, then the whole model against the dense one; what does not
     win stays dense. A model with convolutions takes the faster memory format, too. Before that a
-    batch norm that directly follows a layer is folded into it, and an activation (ReLU, GELU, SiLU)
-    that follows a packed layer is fused; both become nn.Identity.
+    batch norm that directly follows a layer is folded into it and becomes nn.Identity; an activation
+    (ReLU, ReLU6, GELU, SiLU; module, function or method) and before it a residual addition that follow
+    packed layer are computed by it. A module whose forward pass changes by that keeps its class but
+    runs a traced forward pass, specialised to the arguments it was called with.
     threads: what to measure with (None: torch.get_num_threads()).
     choose(layer) -> "csr" or "dense" decides instead of the clock; `Plan.choose` is one.
     The copy is in eval mode and its parameters want no gradients; the original is untouched. The
@@ -68,13 +71,16 @@ def compile(
         base, chains = _folded(model, example_inputs, calls)
         plan, twins = _decide(base, calls, threads, minimum_sparsity, choose)
         swaps = _fused(base, example_inputs, twins, chains)
+        swaps, fused = _rewritten(base, example_inputs, swaps)
         if verify and swaps:
-            dense, sparse = (_assemble(*form, share=True) for form in ((model, {}), (base, swaps)))
+            dense = _assemble(model, {}, share=True)
+            sparse = _assemble(base, swaps, fused, share=True)
             expect_same(dense, sparse, twins, example_inputs, _assemble(base, {}, share=True))
         if choose is None:
-            plan, swaps = _whole(base, example_inputs, plan, swaps)
-    plan = dataclasses.replace(plan, rows=_annotated(plan.rows, chains, swaps))
-    final = _assemble(base, swaps, share=False).requires_grad_(False)
+            plan, swaps = _whole(base, example_inputs, plan, swaps, fused)
+    fused = fused if swaps else NOTHING
+    plan = dataclasses.replace(plan, rows=_annotated(plan.rows, chains, swaps, fused))
+    final = _assemble(base, swaps, fused, share=False).requires_grad_(False)
     if plan.layout == LAST:
         final.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     taken = not isinstance(getattr(model, "plan", plan), Plan)
@@ -89,15 +95,21 @@ def _expect_materialised(model: nn.Module) -> None:
             raise ShapeError(f"{name!r} has no shape yet; run one batch through the model first")
 
 
-def _assemble(model: M, twins: Mapping[str, nn.Module], *, share: bool) -> M:
+def _assemble(
+    model: M, twins: Mapping[str, nn.Module], fused: blocks.Fused = NOTHING, *, share: bool
+) -> M:
     """A copy in eval mode with twins in place of layers, wherever the model refers to them.
 
-    share: the copy uses the original's parameters, so that it costs little memory.
+    fused: blocks get these forward passes. share: the copy uses the original's parameters, so that
+    it costs little memory.
     """
     memo: dict[int, Any] = {id(model.get_submodule(name)): twin for name, twin in twins.items()}
     if share:
         memo.update({id(parameter): parameter for parameter in model.parameters()})
-    return copy.deepcopy(model, memo).eval()
+    made = copy.deepcopy(model, memo).eval()
+    for name, forward in fused.forwards.items():
+        forward.install(made.get_submodule(name))
+    return made
 
 
 def _folded(model: M, example: Any, calls: Calls) -> tuple[M, list[fuse.Chain]]:
@@ -129,18 +141,50 @@ def _fused(
     return swaps if difference(*forms, example) is None else dict(twins)
 
 
+def _rewritten(
+    model: nn.Module, example: Any, swaps: dict[str, nn.Module]
+) -> tuple[dict[str, nn.Module], blocks.Fused]:
+    """Layers and forward passes with additions and activations fused; as they are if that fails."""
+    if not swaps:
+        return swaps, NOTHING
+    with same_randomness():
+        fused = blocks.fuse(_assemble(model, swaps, share=True), example)
+    if not fused.forwards:
+        return swaps, NOTHING
+    found = dict(swaps)
+    for name, activation in fused.activations.items():
+        layer = swaps[name]
+        if isinstance(layer, PackedWeight):
+            found[name] = layer.with_activation(activation)
+    forms = (_assemble(model, swaps, share=True), _assemble(model, found, fused, share=True))
+    return (found, fused) if _same(*forms, example) else (swaps, NOTHING)
+
+
+def _same(one: nn.Module, other: nn.Module, example: Any) -> bool:
+    """Whether two models agree on the example; a rewritten one may refuse its arguments."""
+    try:
+        return difference(one, other, example) is None
+    except fuse.UNTRACEABLE:
+        return False
+
+
 def _annotated(
-    rows: tuple[Row, ...], chains: list[fuse.Chain], swaps: Mapping[str, nn.Module]
+    rows: tuple[Row, ...],
+    chains: list[fuse.Chain],
+    swaps: Mapping[str, nn.Module],
+    fused: blocks.Fused,
 ) -> tuple[Row, ...]:
     """The rows with what their layers do besides."""
-    fused: dict[str, str] = {}
-    for chain in chains:
-        layer = swaps.get(chain.layer)
-        parts = ["batch norm"] if chain.norm else []
+    norms = {chain.layer for chain in chains if chain.norm}
+    done = []
+    for row in rows:
+        layer = swaps.get(row.name)
+        parts = ["batch norm"] if row.name in norms else []
+        parts += ["residual"] if row.name in fused.residuals else []
         if isinstance(layer, PackedWeight) and layer.activation:
             parts.append(layer.activation)
-        fused[chain.layer] = ", ".join(parts)
-    return tuple(dataclasses.replace(row, fused=fused.get(row.name, "")) for row in rows)
+        done.append(dataclasses.replace(row, fused=", ".join(parts)))
+    return tuple(done)
 
 
 def _decide(
@@ -233,10 +277,11 @@ def _whole(
     example: Any,
     plan: Plan,
     twins: dict[str, nn.Module],
+    fused: blocks.Fused,
 ) -> tuple[Plan, dict[str, nn.Module]]:
     """Time all forms of the whole; the fastest one is the plan."""
     forms = {"dense": _assemble(model, {}, share=True)}
-    forms |= {"sparse": _assemble(model, twins, share=True)} if twins else {}
+    forms |= {"sparse": _assemble(model, twins, fused, share=True)} if twins else {}
     if any(row.kind == "conv2d" for row in plan.rows):
         forms |= {f"{name} {LAST}": _in_channels_last(form) for name, form in forms.items()}
     if len(forms) == 1:

@@ -18,7 +18,7 @@ from torch.fx.proxy import TraceError
 from prunus.runtime.candidates import KINDS, Call, Calls
 
 # What a forward pass that meets tracing proxies in place of tensors may fail with.
-_UNTRACEABLE = (
+UNTRACEABLE = (
     TraceError,
     ArithmeticError,
     AssertionError,
@@ -51,7 +51,7 @@ def chains(model: nn.Module, example: Any, calls: Calls) -> list[Chain]:
     found = []
     for name, module in model.named_modules():
         once = sum(calls.get(name, Counter()).values()) == 1
-        if not (once and type(module) in KINDS and _plain(module)):
+        if not (once and type(module) in KINDS and plain(module)):
             continue
         norm = follows.get(name, "")
         if norm and not _foldable(module, model.get_submodule(norm), next(iter(calls[name]))):
@@ -66,11 +66,11 @@ def chains(model: nn.Module, example: Any, calls: Calls) -> list[Chain]:
 
 def activation_name(module: nn.Module) -> str:
     """The name in kernels.ACTIVATIONS of an activation that can be fused; "" for any other."""
-    if not _plain(module):
+    if not plain(module):
         return ""
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate, "")
-    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module), "")
+    return {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}.get(type(module), "")
 
 
 def folded(found: list[Chain], model: nn.Module) -> dict[str, nn.Module]:
@@ -109,7 +109,7 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach().to(like.dtype), requires_grad=False)
 
 
-def _plain(module: nn.Module) -> bool:
+def plain(module: nn.Module) -> bool:
     """No hooks, and the forward pass of its class."""
     return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
@@ -118,7 +118,7 @@ def _foldable(layer: nn.Module, norm: nn.Module, call: Call) -> bool:
     """Whether the batch norm scales each output of the layer; call: the layer's."""
     kind = nn.BatchNorm2d if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d
     weight = layer._parameters.get("weight")
-    if type(norm) is not kind or weight is None or not _plain(norm):
+    if type(norm) is not kind or weight is None or not plain(norm):
         return False
     if len(call.shape) != (4 if kind is nn.BatchNorm2d else 2):
         return False
@@ -134,7 +134,7 @@ def _traced(model: nn.Module, example: Any) -> dict[str, str] | None:
             warnings.simplefilter("ignore")
             graph = fx.Tracer().trace(model, concrete_args=_defaults(model, example))
             nodes = list(graph.nodes)
-    except _UNTRACEABLE:
+    except UNTRACEABLE:
         return None
     modules = dict(model.named_modules(remove_duplicate=False))
     count = Counter(id(modules[n.target]) for n in nodes if n.op == "call_module")
@@ -175,7 +175,7 @@ def _neighbours(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(name, name of the next) in every nn.Sequential, where either has this one place only."""
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     for prefix, parent in model.named_modules():
-        if type(parent) is not nn.Sequential or not _plain(parent) or places[id(parent)] != 1:
+        if type(parent) is not nn.Sequential or not plain(parent) or places[id(parent)] != 1:
             continue
         children = list(parent._modules.items())
         for (name, one), (other, two) in itertools.pairwise(children):

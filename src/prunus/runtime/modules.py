@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunus import kernels
 from prunus.errors import ShapeError
 from prunus.runtime.ops import blob_array, convolved, geometry_of, linear_rows
-from prunus.runtime.weight import PackedWeight, check_blob, pack_weight
+from prunus.runtime.weight import PackedWeight, addable, check_blob, pack_weight
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -36,20 +36,26 @@ class SparseLinear(PackedWeight):
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         return _filled(dense, self)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map input [..., in_features], fp32 or half, to its dtype; ShapeError where K differs."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map input [..., in_features], fp32 or half, to its dtype; ShapeError where K differs.
+
+        residual: added to the output before the activation.
+        """
         x = input  # torch's name, as some call layers by keyword
         if x.shape[-1:] != (self.in_features,):
             raise ShapeError(
                 f"input has shape {list(x.shape)}, the layer takes [..., {self.in_features}]"
             )
+        if residual is not None and not addable(x, residual, (*x.shape[:-1], self.out_features)):
+            return self._apart(x, residual)
         source, packed, bias = self._operands(x)
-        if self._direct(source, bias):
+        if self._direct(source, bias, residual):
             flags = kernels.ACTIVATIONS[self.activation]
-            y = linear_rows(source.contiguous(), packed, bias, self.out_features, flags)
+            added = None if residual is None else residual.contiguous()
+            y = linear_rows(source.contiguous(), packed, bias, self.out_features, flags, added)
         else:
             y = torch.ops.prunus.sparse_linear(
-                source, packed, bias, self.out_features, self.activation
+                source, packed, bias, self.out_features, self.activation, residual
             )
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
@@ -120,8 +126,11 @@ class SparseConv2d(PackedWeight):
         )
         return _filled(dense, self)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map input [B, C, H, W] or [C, H, W], fp32 or half, to contiguous images of its dtype."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map input [B, C, H, W] or [C, H, W], fp32 or half, to contiguous images of its dtype.
+
+        residual: added to the output before the activation.
+        """
         x = input
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ShapeError(
@@ -131,13 +140,20 @@ class SparseConv2d(PackedWeight):
         source, packed, bias = self._operands(x)
         source, padding = self._padded(source if x.dim() == 4 else source.unsqueeze(0))
         moves = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        if self._direct(source, bias):
+        if residual is not None:
+            size = geometry_of(source.shape, *moves).out_size
+            if x.dim() != 4 or not addable(x, residual, (len(x), self.out_channels, *size)):
+                return self._apart(x, residual)
+        if self._direct(source, bias, residual):
             geometry = geometry_of(source.shape, *moves)
             flags = kernels.ACTIVATIONS[self.activation]
-            y = convolved(source.contiguous(), packed, bias, self.out_channels, geometry, flags)
+            added = None if residual is None else residual.contiguous()
+            y = convolved(
+                source.contiguous(), packed, bias, self.out_channels, geometry, flags, added
+            )
         else:
             y = torch.ops.prunus.sparse_conv2d(
-                source, packed, bias, self.out_channels, *moves, self.activation
+                source, packed, bias, self.out_channels, *moves, self.activation, residual
             )
         y = y if x.dim() == 4 else y.squeeze(0)
         return y if x.dtype == torch.float32 else y.to(x.dtype)

@@ -2,7 +2,8 @@
 
 `prunus::sparse_linear`: y[..., M] = x[..., K] W^T + bias.
 `prunus::sparse_conv2d`: y[B, M, ...] = W * x[B, C, H, W] + bias, padding as (top, bottom, left,
-right). Both apply an activation of `prunus.kernels.ACTIVATIONS` to the sum.
+right). Both add a residual of the output's shape, if there is one, and apply an activation of
+`prunus.kernels.ACTIVATIONS` to the sum.
 W is a packed blob of `prunus.kernels.pack`. The operators read its header on every call; its body
 is validated once, where it enters a module.
 """
@@ -18,7 +19,14 @@ from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
 
 
-def linear_rows(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, flags: int) -> Tensor:
+def linear_rows(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    flags: int,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Call the kernel on contiguous fp32 x [..., K]; a new [..., outputs]. Checks nothing."""
     y = x.new_empty((*x.shape[:-1], outputs))
     if y.numel():
@@ -30,6 +38,8 @@ def linear_rows(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, fl
             0 if bias is None else bias.data_ptr(),
             flags,
             torch.get_num_threads(),
+            -1,
+            0 if residual is None else residual.data_ptr(),
         )
     return y
 
@@ -41,6 +51,7 @@ def convolved(
     outputs: int,
     geometry: kernels.Geometry,
     flags: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Call the kernel on contiguous fp32 x [B, C, H, W]; a new [B, outputs, ...]. No checks."""
     y = x.new_empty((geometry.batch, outputs, *geometry.out_size))
@@ -53,6 +64,8 @@ def convolved(
             0 if bias is None else bias.data_ptr(),
             flags,
             torch.get_num_threads(),
+            -1,
+            0 if residual is None else residual.data_ptr(),
         )
     return y
 
@@ -113,25 +126,46 @@ def _check(x: Tensor, packed: Tensor, bias: Tensor | None, inputs: int, outputs:
         raise ShapeError(f"bias has shape {list(bias.shape)}, expected [{outputs}]")
 
 
+def _added(residual: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """The residual, contiguous, if a kernel may add it to an output of this shape."""
+    if residual is None:
+        return None
+    if residual.dtype != torch.float32 or residual.device.type != "cpu":
+        raise ValueRangeError(
+            f"residual is {residual.dtype} on {residual.device}; the operator takes torch.float32 "
+            f"on the CPU"
+        )
+    if tuple(residual.shape) != tuple(shape):
+        raise ShapeError(f"residual has shape {list(residual.shape)}, the output {list(shape)}")
+    return residual.contiguous()
+
+
 @torch.library.custom_op(
     "prunus::sparse_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor packed, Tensor? bias, int out_features, str activation) -> Tensor",
+    schema="(Tensor x, Tensor packed, Tensor? bias, int out_features, str activation, "
+    "Tensor? residual=None) -> Tensor",
 )
 def sparse_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation: str
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y[..., M] = activation(x[..., K] W^T + bias); fp32 on the CPU."""
+    """y[..., M] = activation(x[..., K] W^T + bias + residual); fp32 on the CPU."""
     _check(x, packed, bias, x.shape[-1], out_features)
     bias = None if bias is None else bias.contiguous()
-    return linear_rows(x.contiguous(), packed, bias, out_features, _flags(activation))
+    residual = _added(residual, (*x.shape[:-1], out_features))
+    return linear_rows(x.contiguous(), packed, bias, out_features, _flags(activation), residual)
 
 
 @torch.library.custom_op(
     "prunus::sparse_conv2d",
     mutates_args=(),
     schema="(Tensor x, Tensor packed, Tensor? bias, int out_channels, int[] kernel, int[] stride, "
-    "int[] padding, int[] dilation, int groups, str activation) -> Tensor",
+    "int[] padding, int[] dilation, int groups, str activation, Tensor? residual=None) -> Tensor",
 )
 def sparse_conv2d(
     x: Tensor,
@@ -144,8 +178,9 @@ def sparse_conv2d(
     dilation: Sequence[int],
     groups: int,
     activation: str,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y[B, M, ...] = activation(W * x[B, C, H, W] + bias); fp32 on the CPU."""
+    """y[B, M, ...] = activation(W * x[B, C, H, W] + bias + residual); fp32 on the CPU."""
     if x.dim() != 4:
         raise ShapeError(f"x has shape {list(x.shape)}, expected [batch, channels, height, width]")
     geometry = geometry_of(x.shape, kernel, stride, padding, dilation, groups)
@@ -153,7 +188,9 @@ def sparse_conv2d(
         raise ShapeError(f"{out_channels} outputs do not divide into {groups} groups")
     _check(x, packed, bias, geometry.columns, out_channels)
     bias = None if bias is None else bias.contiguous()
-    return convolved(x.contiguous(), packed, bias, out_channels, geometry, _flags(activation))
+    residual = _added(residual, (x.shape[0], out_channels, *geometry.out_size))
+    flags = _flags(activation)
+    return convolved(x.contiguous(), packed, bias, out_channels, geometry, flags, residual)
 
 
 @torch.library.custom_op(
@@ -199,12 +236,15 @@ def sparse_conv2d_grad(
 
 
 @sparse_linear.register_fake
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation: str) -> Tensor:
+def _(x, packed, bias, out_features, activation, residual=None):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 @sparse_conv2d.register_fake
-def _(x, packed, bias, out_channels, kernel, stride, padding, dilation, groups, activation):
+def _(
+    x, packed, bias, out_channels, kernel, stride, padding, dilation, groups, activation,
+    residual=None,
+):  # fmt: skip
     size = [
         (x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1)
         // stride[i]
@@ -225,46 +265,51 @@ def _(grad, packed, shape, kernel, stride, padding, dilation, groups):
 
 
 def _context(ctx, inputs, output) -> None:
-    x, packed, bias, outputs, *rest = inputs
-    activation = rest[-1]
+    x, packed, bias, outputs, *rest, activation, residual = inputs
     # ReLU's gradient follows from its output, those of the others from the sum, computed again.
-    again = activation not in ("", "relu")
+    clipped = activation in ("relu", "relu6")
+    again = activation and not clipped
     ctx.save_for_backward(
-        packed, output if activation == "relu" else None, x if again else None, bias
+        packed,
+        output if clipped else None,
+        x if again else None,
+        bias,
+        residual if again else None,
     )
-    ctx.shape, ctx.biased, ctx.outputs, ctx.rest = x.shape, bias is not None, outputs, rest
+    ctx.shape, ctx.outputs, ctx.rest, ctx.activation = x.shape, outputs, rest, activation
 
 
 def _before(ctx, grad: Tensor, product) -> Tensor:
     """The gradient with respect to the sum, given that to the activation's output."""
-    packed, output, x, bias = ctx.saved_tensors
-    activation = ctx.rest[-1]
-    if activation == "":
+    packed, output, x, bias, residual = ctx.saved_tensors
+    if ctx.activation == "":
         return grad
-    if activation == "relu":
+    if ctx.activation == "relu":
         return grad * (output > 0)
-    total = product(x, packed, bias, ctx.outputs, *ctx.rest[:-1], "")
-    if activation == "silu":
+    if ctx.activation == "relu6":
+        return grad * ((output > 0) & (output < 6))
+    total = product(x, packed, bias, ctx.outputs, *ctx.rest, "", residual)
+    if ctx.activation == "silu":
         return torch.ops.aten.silu_backward(grad, total)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
     return torch.ops.aten.gelu_backward(grad, total, approximate=approximate)
 
 
 def _linear_backward(ctx, grad: Tensor):
     grad = _before(ctx, grad, sparse_linear)
-    want_x, _, want_bias, _, _ = ctx.needs_input_grad
+    want_x, _, want_bias, *_, want_residual = ctx.needs_input_grad
     grad_x = sparse_linear_grad(grad, ctx.saved_tensors[0], ctx.shape[-1]) if want_x else None
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if want_bias and ctx.biased else None
-    return grad_x, None, grad_bias, None, None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if want_bias else None
+    return grad_x, None, grad_bias, None, None, grad if want_residual else None
 
 
 def _conv2d_backward(ctx, grad: Tensor):
     grad = _before(ctx, grad, sparse_conv2d)
-    want_x, _, want_bias = ctx.needs_input_grad[:3]
+    want_x, _, want_bias, *_, want_residual = ctx.needs_input_grad
     packed = ctx.saved_tensors[0]
-    grad_x = sparse_conv2d_grad(grad, packed, ctx.shape, *ctx.rest[:-1]) if want_x else None
-    grad_bias = grad.sum((0, 2, 3)) if want_bias and ctx.biased else None
-    return (grad_x, None, grad_bias, *[None] * 7)
+    grad_x = sparse_conv2d_grad(grad, packed, ctx.shape, *ctx.rest) if want_x else None
+    grad_bias = grad.sum((0, 2, 3)) if want_bias else None
+    return (grad_x, None, grad_bias, *[None] * 7, grad if want_residual else None)
 
 
 sparse_linear.register_autograd(_linear_backward, setup_context=_context)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 import copy
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunus import kernels
@@ -44,6 +46,23 @@ def aligned(packed: Tensor) -> Tensor:
     """The blob itself if it is contiguous and aligned as the kernels want it, else a copy."""
     packed = packed.detach().contiguous()
     return packed.clone() if packed.data_ptr() % ALIGNMENT else packed
+
+
+def addable(x: Tensor, residual: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a kernel may add the residual to an output of this shape."""
+    if not isinstance(residual, Tensor) or residual.shape != shape or not residual.is_cpu:
+        return False
+    return x.dtype == residual.dtype == torch.float32
+
+
+_TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda total: total,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu6": F.relu6,
+}
 
 
 class PackedWeight(nn.Module, abc.ABC):
@@ -148,12 +167,20 @@ class PackedWeight(nn.Module, abc.ABC):
             bias = bias.to(torch.float32)
         return x if x.dtype == torch.float32 else x.to(torch.float32), packed, bias
 
-    def _direct(self, x: Tensor, bias: Tensor | None) -> bool:
+    def _direct(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
         """Whether the kernel may be called on the addresses, past torch's dispatcher."""
         if type(x) is not Tensor or _observed():
             return False
+        if residual is not None and type(residual) is not Tensor:
+            return False
         wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+        wanted = wanted or (residual is not None and residual.requires_grad)
         return not (wanted and torch.is_grad_enabled())
+
+    def _apart(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The layer where a kernel cannot add the residual: it broadcasts, or is not fp32."""
+        total = self.with_activation("")(x) + residual
+        return _TORCH_ACTIVATIONS[self.activation](total)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **named: Any

@@ -3,21 +3,51 @@
 from prunus.scores.activation import wanda
 from prunus.scores.data_free import magnitude, random
 from prunus.scores.designed import banded, expander
-from prunus.scores.first_order import snip, synflow, taylor
+from prunus.scores.first_order import force, grasp, snip, synflow, taylor, taylor_group
+from prunus.scores.outputs import (
+    apoz,
+    batchnorm_scale,
+    constant_output,
+    correlation,
+    geometric_median,
+    mean_activation,
+    nisp,
+    sensitivity,
+    similarity,
+    skeletonization,
+    taylor_filter,
+)
 from prunus.scores.second_order import block_fisher, diagonal_fisher, layerwise_obs, obd, obs
+from prunus.scores.training import movement, total_change
 
 __all__ = [
+    "apoz",
     "banded",
+    "batchnorm_scale",
     "block_fisher",
+    "constant_output",
+    "correlation",
     "diagonal_fisher",
     "expander",
+    "force",
+    "geometric_median",
+    "grasp",
     "layerwise_obs",
     "magnitude",
+    "mean_activation",
+    "movement",
+    "nisp",
     "obd",
     "obs",
     "random",
+    "sensitivity",
+    "similarity",
+    "skeletonization",
     "snip",
     "synflow",
     "taylor",
+    "taylor_filter",
+    "taylor_group",
+    "total_change",
     "wanda",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.core import FLOW, GRADIENT, Context, Score
+from prunus.core import FLOW, GRADIENT, HESSIAN_GRADIENT, RESERVE, Context, Score
+from prunus.errors import ValueRangeError
 
 
 def _product(w: Tensor, at: Context) -> Tensor:
@@ -40,3 +41,52 @@ def synflow() -> Score:
     Source: Tanaka, Kunin, Yamins, Ganguli 2020, arXiv 2006.05467, eq. 3.
     """
     return Score("synflow", lambda w, at: at[FLOW] * w.abs().to(at[FLOW].dtype), frozenset({FLOW}))
+
+
+def grasp() -> Score:
+    """Keep connections that carry gradient flow: w * (H g), the rise of g^T g that w stands for.
+
+    Removing w changes g^T g by -2 w (H g) to first order, so that the weights with the largest
+    S = -w (H g) go first. Source: Wang, Zhang, Grosse 2020, arXiv 2002.07376, eq. 8, algorithm 1.
+    Differs: the loss is used as it is given; the paper divides the logits by 200 first.
+    """
+
+    def value(w: Tensor, at: Context) -> Tensor:
+        wide = torch.promote_types(w.dtype, torch.float32)
+        return w.to(wide) * at[HESSIAN_GRADIENT].to(wide)
+
+    return Score("grasp", value, frozenset({HESSIAN_GRADIENT}))
+
+
+def force() -> Score:
+    """Keep connections by |dL/dw * w|, w also of what is off: the value that it would return with.
+
+    The gradient is that of the masked network. Compose it with revive=True and remember=True.
+    Source: de Jorge, Sanyal, Behl, Torr, Rogez, Dokania 2021, arXiv 2006.09081, eq. 6 (FORCE).
+    """
+
+    def value(w: Tensor, at: Context) -> Tensor:
+        hidden = at.memory.get(RESERVE)
+        return _product(w if hidden is None else w + hidden.to(w), at).abs()
+
+    return Score("force", value, frozenset({GRADIENT}))
+
+
+def taylor_group(axis: int = 0) -> Score:
+    """Keep slices whose removal as a whole changes the loss: (sum over the slice of dL/dw * w)^2.
+
+    Spread evenly over the slice, so that `structures.channel(axis)` sums to it; axis 0: outputs,
+    1: inputs. Source: Molchanov, Mallya, Tyree, Frosio, Kautz 2019, arXiv 1906.10771, eq. 8.
+    """
+    if axis not in (0, 1):
+        raise ValueRangeError(f"axis is 0 (outputs) or 1 (inputs), got {axis}")
+
+    def value(w: Tensor, at: Context) -> Tensor:
+        along = 1 - axis if at.site.transposed else axis
+        product = _product(w, at).movedim(along, 0).contiguous()
+        slices = product.flatten(1).sum(1).square() / max(1, product[:1].numel())
+        narrow = [1] * w.ndim
+        narrow[along] = w.shape[along]
+        return slices.reshape(narrow).expand(w.shape).contiguous()
+
+    return Score(f"taylor_group({axis})", value, frozenset({GRADIENT}))

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prunus.training.convolution import can_turn, convolve, convolve_back, sampled_convolution
 from prunus.training.pattern import Pattern
-from prunus.training.products import multiply, multiply_transposed, sampled
-
-Pair = tuple[int, int]
+from prunus.training.products import multiply, multiply_transposed, runs_native, sampled
+from prunus.training.window import Pair, Window
 
 Rows = Callable[[int, int], Tensor]
 """(begin, end) -> rows of the dense gradient to the weight, [end - begin, K]."""
@@ -27,31 +27,6 @@ class Way:
     pattern: Pattern
     native: bool = True
     watch: Callable[[Rows], None] | None = None
-
-
-@dataclass(frozen=True)
-class Window:
-    """What a convolution sees: kernel, stride, padding and dilation, each (height, width)."""
-
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-
-    def output(self, height: int, width: int) -> Pair:
-        """Height and width of the result."""
-        sizes = [
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(
-                (height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        ]
-        return sizes[0], sizes[1]
-
-    @property
-    def plain(self) -> bool:
-        """Whether every output pixel sees exactly its own input pixel."""
-        return (self.kernel, self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 class LinearStep(torch.autograd.Function):
@@ -89,11 +64,12 @@ class ConvolutionStep(torch.autograd.Function):
         """Multiply a few images at a time; keeps x and the values, never the unfolded images."""
         ctx.save_for_backward(x, values)
         ctx.way, ctx.window = way, window
+        if way.native and runs_native(x, values, bias):
+            return convolve(way.pattern, values, x, bias, window)
         pattern, size = way.pattern, window.output(x.shape[2], x.shape[3])
         y = x.new_empty((x.shape[0], pattern.shape[0], *size))
         for part in images(x, pattern.shape[1], size):
-            columns = seen(x[part], window)
-            planes = multiply(pattern, values, columns, bias, planes=True, native=way.native)
+            planes = multiply(pattern, values, seen(x[part], window), bias, True, native=False)
             y[part] = planes.unflatten(1, (-1, *size)).transpose(0, 1)
         return y
 
@@ -103,30 +79,50 @@ class ConvolutionStep(torch.autograd.Function):
         """Gradients to x, to the values and to the bias."""
         (g,) = grads
         x, values = ctx.saved_tensors
-        pattern, native, window = ctx.way.pattern, ctx.way.native, ctx.window
+        way, window = ctx.way, ctx.window
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
-        parts = images(x, pattern.shape[1], (g.shape[2], g.shape[3]))
-
-        def rows(begin: int, end: int) -> Tensor:
-            total = x.new_zeros(end - begin, pattern.shape[1])
-            for part in parts:
-                out = g[part, begin:end].transpose(0, 1).flatten(1)
-                total += out @ seen(x[part], window).t()
-            return total
-
-        if ctx.way.watch is not None:
-            ctx.way.watch(rows)
-        grad_x = torch.empty_like(x) if want_x else None
-        grad_values = torch.zeros_like(values) if want_values else None
-        for part in parts:
-            out = g[part].transpose(0, 1).flatten(1).contiguous()
-            if want_values:
-                columns = seen(x[part], window)
-                sampled(pattern, columns, out, planes=True, out=grad_values, native=native)
-            if grad_x is not None:
-                back = multiply_transposed(pattern, values, out, planes=True, native=native)
-                grad_x[part] = unseen(back, window, x[part])
+        if way.watch is not None:
+            way.watch(lambda begin, end: _rows(x, g[:, begin:end], window))
+        grad_x = _input_gradient(way, values, x, g, window) if want_x else None
+        grad_values = _value_gradient(way, values, x, g, window) if want_values else None
         return grad_x, grad_values, g.sum((0, 2, 3)) if want_bias else None, None, None
+
+
+def _parts(x: Tensor, g: Tensor, window: Window) -> list[slice]:
+    rows = x.shape[1] * window.kernel[0] * window.kernel[1]
+    return images(x, rows, (g.shape[2], g.shape[3]))
+
+
+def _rows(x: Tensor, g: Tensor, window: Window) -> Tensor:
+    """Rows of the dense gradient to the weight, for these output channels of g."""
+    total = x.new_zeros(g.shape[1], x.shape[1] * window.kernel[0] * window.kernel[1])
+    for part in _parts(x, g, window):
+        total += g[part].transpose(0, 1).flatten(1) @ seen(x[part], window).t()
+    return total
+
+
+def _input_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Window) -> Tensor:
+    native = way.native and runs_native(values, g)
+    if native and can_turn(way.pattern, window):
+        return convolve_back(way.pattern, values, g, window)
+    out = torch.empty_like(x)
+    for part in _parts(x, g, window):
+        planes = g[part].transpose(0, 1).flatten(1).contiguous()
+        back = multiply_transposed(way.pattern, values, planes, planes=True, native=native)
+        out[part] = unseen(back, window, x[part])
+    return out
+
+
+def _value_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Window) -> Tensor:
+    out = torch.zeros_like(values)
+    native = way.native and runs_native(values, x, g)
+    for part in _parts(x, g, window):
+        if native:
+            sampled_convolution(way.pattern, x[part], g[part], window, out)
+            continue
+        planes = g[part].transpose(0, 1).flatten(1)
+        sampled(way.pattern, seen(x[part], window), planes, planes=True, out=out, native=False)
+    return out
 
 
 def images(x: Tensor, rows: int, size: Pair, most: int = 1 << 22) -> list[slice]:

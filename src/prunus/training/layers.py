@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from prunus import rng
 from prunus.core import check_sparsity
 from prunus.errors import FormatError, ShapeError
-from prunus.training.functions import ConvolutionStep, LinearStep, Pair, Rows, Way, Window
+from prunus.training.functions import ConvolutionStep, LinearStep, Rows, Way
 from prunus.training.pattern import Pattern
+from prunus.training.window import Pair, Window
 
 _INDEX = ("offsets", "columns")
 
@@ -221,8 +222,12 @@ class TrainableConv2d(SparseWeight):
         if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ShapeError(f"input is {list(input.shape)}, not [B, {self.in_channels}, H, W]")
         x = self._inputs(input if input.dim() == 4 else input.unsqueeze(0))
-        y = _convolution(  # pyright: ignore[reportCallIssue]
-            x, self.values, self.bias, self._way(), self.window
+        y = _convolution(
+            x,
+            self.values,
+            self.bias,
+            self._way(),
+            self.window,  # pyright: ignore[reportCallIssue]
         )
         return (y if input.dim() == 4 else y.squeeze(0)).to(input.dtype)
 
@@ -235,13 +240,13 @@ class TrainableConv2d(SparseWeight):
 
 
 @torch.compiler.disable
-def _linear(*args: Any) -> Tensor:
-    return LinearStep.apply(*args)  # pyright: ignore[reportReturnType]
+def _linear(*args: Any) -> Any:
+    return LinearStep.apply(*args)
 
 
 @torch.compiler.disable
-def _convolution(*args: Any) -> Tensor:
-    return ConvolutionStep.apply(*args)  # pyright: ignore[reportReturnType]
+def _convolution(*args: Any) -> Any:
+    return ConvolutionStep.apply(*args)
 
 
 def unsupported(module: nn.Conv2d) -> str:

@@ -40,7 +40,7 @@ class Pattern:
         self.nnz = self.columns.numel()
         self._check()
         self._header = _header(shape, self.nnz)
-        self._turned: tuple[np.ndarray, Tensor, Tensor, Tensor] | None = None
+        self._turned: dict[int, tuple[np.ndarray, Tensor, Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, shape: tuple[int, int], places: Tensor) -> Pattern:
@@ -89,31 +89,42 @@ class Pattern:
         """Address of a kernel blob's header over this index and `values` (float32, kept alive)."""
         return _point(self._header, self.offsets, self.columns, values)
 
-    def turned_address(self, values: Tensor, scratch: Tensor) -> int:
-        """As `address`, of the transposed matrix; its values are gathered into `scratch` [nnz]."""
-        header, offsets, columns, order = self._transposed()
+    def turned_address(self, values: Tensor, scratch: Tensor, area: int = 1) -> int:
+        """As `address`, of the transposed matrix; its values are gathered into `scratch` [nnz].
+
+        area: of a convolution's kernel; then the matrix [M, C area] becomes [C, M area], with
+        every kernel flipped (its elements in reverse).
+        """
+        header, offsets, columns, order = self._transposed(area)
         torch.index_select(values, 0, order, out=scratch)
         return _point(header, offsets, columns, scratch)
 
-    def _transposed(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-        if self._turned is None:
+    def _transposed(self, area: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+        if area not in self._turned:
+            shape = (self.shape[1] // area, self.shape[0] * area)
             columns = self.columns.numpy().view(np.uint16)
-            order = np.argsort(columns, kind="stable")  # a radix sort for 16-bit keys
-            offsets = np.zeros(self.shape[1] + 1, np.int32)
-            np.cumsum(np.bincount(columns, minlength=self.shape[1]), out=offsets[1:])
-            rows = self.rows().to(torch.int32).numpy()[order].astype(np.uint16)
-            self._turned = (
-                _header((self.shape[1], self.shape[0]), self.nnz),
+            wide = columns.astype(np.int32)
+            channel, place = np.divmod(wide, area)
+            target = self.rows().to(torch.int32).numpy() * area + (area - 1 - place)
+            if area == 1:
+                order = np.argsort(columns, kind="stable")  # a radix sort for 16-bit keys
+            else:
+                order = np.lexsort((target, channel))
+            offsets = np.zeros(shape[0] + 1, np.int32)
+            np.cumsum(np.bincount(channel, minlength=shape[0]), out=offsets[1:])
+            self._turned[area] = (
+                _header(shape, self.nnz),
                 torch.from_numpy(offsets),
-                torch.from_numpy(rows.view(np.int16)),
+                torch.from_numpy(target[order].astype(np.uint16).view(np.int16)),
                 torch.from_numpy(order.astype(np.int32)),
             )
-        return self._turned
+        return self._turned[area]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the index, with its transpose as far as it was built."""
-        held = [self.offsets, self.columns, *(self._turned[1:] if self._turned else ())]
+        turned = [tensor for index in self._turned.values() for tensor in index[1:]]
+        held = [self.offsets, self.columns, *turned]
         return sum(t.numel() * t.element_size() for t in held)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Pattern:

@@ -68,8 +68,8 @@ def multiply_transposed(
     out = g.new_empty((columns, n) if planes else (n, columns))
     if out.numel():
         g = g.contiguous()
-        room = _room(pattern.nnz)
-        _run(pattern.turned_address(values.detach(), room), g, out, n, None, planes)
+        blob = pattern.turned_address(values.detach(), room(pattern.nnz))
+        _run(blob, g, out, n, None, planes)
     return out
 
 
@@ -84,7 +84,7 @@ def _run(blob: int, x: Tensor, y: Tensor, n: int, bias: Tensor | None, planes: b
         kernels.linear_ptr(blob, x.data_ptr(), y.data_ptr(), n, offset, 0, threads)
 
 
-def _room(count: int) -> Tensor:
+def room(count: int) -> Tensor:
     """Memory for the values of a transposed weight, shared by all layers."""
     held = _scratch.get("values")
     if held is None or held.numel() < count:

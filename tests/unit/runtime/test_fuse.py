@@ -74,13 +74,12 @@ def test_a_trace_finds_what_follows_each_layer():
     fast = compile(model, x, choose=forced)
     assert isinstance(fast.norm, nn.Identity)
     assert isinstance(fast.gelu, nn.Identity)
-    assert isinstance(fast.relu, nn.ReLU)
     assert fast.head.activation == "gelu_tanh"
     assert {row.name: row.fused for row in fast.plan.rows} == {
-        "one": "batch norm",
-        "two": "batch norm",
+        "one": "batch norm, relu",
+        "two": "batch norm, residual, relu",
         "head": "batch norm, gelu_tanh",
-        "tail": "",
+        "tail": "relu",
     }
     assert "with batch norm, gelu_tanh" in str(fast.plan)
     assert_same(model, fast, x)
@@ -98,7 +97,7 @@ class Untraceable(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("activation", "name"), [(nn.ReLU(), "relu"), (nn.GELU(), "gelu"), (nn.SiLU(), "silu")]
+    ("activation", "name"), [(nn.ReLU(), "relu"), (nn.GELU(), "gelu"), (nn.SiLU(), "silu"), (nn.ReLU6(), "relu6")]
 )
 def test_neighbours_in_a_sequential_where_tracing_fails(activation, name):
     layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), activation, nn.Conv2d(8, 2, 1), nn.Tanh())

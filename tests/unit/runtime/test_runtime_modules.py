@@ -104,9 +104,9 @@ def test_a_grouped_convolution_computes_the_dense_layer(groups, through_operator
         assert torch.equal(sparse.to_dense().weight, dense.weight)
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh", "silu", "relu6"])
 def test_a_fused_activation_is_applied_to_the_output(name):
-    functions = {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU()}
+    functions = {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU(), "relu6": nn.ReLU6()}
     function = functions.get(name, nn.GELU(approximate="tanh"))
     for dense, x in (
         (pruned(nn.Linear(20, 30)), images(3, 20)),

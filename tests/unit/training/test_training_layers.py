@@ -80,6 +80,13 @@ def test_convolution_is_the_dense_layer_with_zeros(options, dtype):
     torch.testing.assert_close(packed(x[0]), dense(x[0]), rtol=1e-4, atol=2e-5)
 
 
+def test_large_images_of_a_pointwise_convolution_one_by_one():
+    dense = thin(nn.Conv2d(4, 6, 1), 0.5)
+    packed, x = TrainableConv2d.from_dense(dense), torch.randn(2, 4, 24, 23)
+    for expected, found in both(dense, packed, x):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_convolution_in_parts_is_the_same(monkeypatch):
     import prunus.training.functions as functions
 

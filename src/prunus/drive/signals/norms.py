@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def norm_scale(sources: Sources) -> dict[str, Tensor]:
     return spread(sources.sites, found)
 
 
-def _check_all(sites: Any, found: dict[str, Tensor]) -> None:
+def _check_all(sites: Sequence[Site], found: dict[str, Tensor]) -> None:
     without: list[str] = [site.name for site in sites if site.name not in found]
     if without:
         raise SignalError(

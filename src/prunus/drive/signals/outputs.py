@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from prunus.core import Site
 from prunus.drive.signals.sources import Sources, as_call, untouched
 from prunus.errors import SignalError, ValueRangeError
+from prunus.scores.pairs import nearest_first
 from prunus.sites import evaluating
 
 _PRODUCTS = {
@@ -25,11 +26,12 @@ _PRODUCTS = {
 }  # fmt: skip
 """Function that multiplies with a weight -> spatial axes that follow its channels."""
 
-_FOLLOWED = frozenset(
-    "batch_norm instance_norm group_norm layer_norm dropout relu relu_ relu6 leaky_relu leaky_relu_ "
-    "elu elu_ selu selu_ celu gelu silu mish hardswish hardsigmoid hardtanh hardtanh_ softplus tanh "
-    "tanh_ sigmoid sigmoid_ prelu rrelu".split()
-)
+_FOLLOWED = {
+    "batch_norm", "instance_norm", "group_norm", "layer_norm", "dropout", "relu", "relu_",
+    "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "selu_", "celu", "gelu", "silu",
+    "mish", "hardswish", "hardsigmoid", "hardtanh", "hardtanh_", "softplus", "tanh", "tanh_",
+    "sigmoid", "sigmoid_", "prelu", "rrelu",
+}  # fmt: skip
 """Functions that turn every unit of an output into the same unit after norm and activation."""
 
 
@@ -55,7 +57,7 @@ class Following(TorchFunctionMode):
     """Collects the outputs of the given weights while it is entered."""
 
     def __init__(self, weights: Mapping[int, str], differentiable: bool) -> None:
-        """weights: id of the tensor that is multiplied with -> site; differentiable: outputs too."""
+        """weights: id of a tensor that is multiplied with -> site; differentiable: of outputs."""
         super().__init__()
         self.outputs: list[Output] = []
         self._weights, self._differentiable = weights, differentiable
@@ -75,7 +77,7 @@ class Following(TorchFunctionMode):
             site = next((self._weights[id(a)] for a in given if id(a) in self._weights), None)
             if site is not None:
                 if self._differentiable and not result.requires_grad:
-                    result.requires_grad_()
+                    result = result.requires_grad_() + 0  # no leaf: the activation may be in place
                 self._note(Output(site, result, result.ndim - 1 - _PRODUCTS[name]), result)
                 self.outputs.append(self._owner[id(result)])
         elif name in _FOLLOWED and args and id(args[0]) in self._owner:
@@ -114,7 +116,10 @@ def outputs_of(
         with untouched(sources.model), evaluating(sources.model):
             for batch in batches:
                 found.clear()
-                with torch.set_grad_enabled(differentiable), Following(weights, differentiable) as f:
+                with (
+                    torch.set_grad_enabled(differentiable),
+                    Following(weights, differentiable) as f,
+                ):
                     if sources.loss is not None:
                         value = sources.loss(sources.model, batch)
                     else:
@@ -158,9 +163,7 @@ def spread(sites: Sequence[Site], values: Mapping[str, Tensor]) -> dict[str, Ten
     return found
 
 
-def averaged(
-    sources: Sources, measure: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
+def averaged(sources: Sources, measure: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Return the mean of `measure` over examples and positions, per output, in float64."""
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -198,7 +201,13 @@ def output_distinctness(sources: Sources) -> dict[str, Tensor]:
     fully redundant.
     """
     grams = _centred(sources, lambda a: a @ a.t())
-    found = {name: _removal(total / count) for name, (total, count) in grams.items()}
+    found = {}
+    for name, (total, count) in grams.items():
+        variance = (total / count).diagonal().clamp(min=0)
+        norm = (variance.unsqueeze(0) * variance.unsqueeze(1)).sqrt()
+        alike = torch.where(norm > 0, (total / count).abs() / norm.clamp(min=1e-300), 1.0)
+        values = nearest_first(1.0 - alike.clamp(max=1.0), variance)
+        found[name] = values.clamp(max=1.0)
     return spread(sources.sites, found)
 
 
@@ -213,28 +222,14 @@ def _centred(
             # a mean of the first batch as shift keeps the difference of squares exact enough
             shift = sums[output.site][0] if output.site in sums else values.mean(1, keepdim=True)
             values = values - shift
-            parts = (values.sum(1, keepdim=True), product(values), values.shape[1])
-            old = sums.get(output.site, (shift, 0.0, 0.0, 0))
-            sums[output.site] = (shift, *(a + b for a, b in zip(old[1:], parts, strict=True)))
+            total, products = values.sum(1, keepdim=True), product(values)
+            count = values.shape[1]
+            if output.site in sums:
+                _, old, before, seen = sums[output.site]
+                total, products, count = total + old, products + before, count + seen
+            sums[output.site] = (shift, total, products, count)
     found = {}
     for name, (_, total, products, count) in sums.items():
         # the mean that is left over after the shift counts `count` times
         found[name] = (products - product(total) / max(1, count), max(1, count))
     return found
-
-
-def _removal(covariance: Tensor) -> Tensor:
-    """Return 1 - |correlation| of each output at its removal, one after the other."""
-    deviation = covariance.diagonal().clamp(min=0).sqrt()
-    norm = deviation.unsqueeze(0) * deviation.unsqueeze(1)
-    alike = torch.where(norm > 0, covariance.abs() / norm.clamp(min=1e-300), 1.0).clamp(max=1.0)
-    alike.fill_diagonal_(-1.0)
-    value = torch.ones(len(alike), dtype=torch.float64)
-    reached = 0.0
-    for _ in range(len(alike) - 1):
-        first, second = divmod(int(alike.argmax()), len(alike))
-        reached = max(reached, 1.0 - float(alike[first, second]))
-        gone = first if deviation[first] < deviation[second] else second
-        value[gone] = reached
-        alike[gone, :] = alike[:, gone] = -2.0
-    return value

@@ -9,23 +9,42 @@ from torch import Tensor
 from prunus.core import (
     COACTIVATION,
     FLOW,
+    GATE,
     GRADIENT,
     GRADIENT_SQUARE,
     GRADIENTS,
     GRAM,
     HESSIAN,
     HESSIAN_DIAGONAL,
+    HESSIAN_GRADIENT,
     HUTCHINSON,
+    IMPORTANCE,
     INPUT_SQUARE,
+    NORM_SCALE,
+    OUTPUT_DISTINCTNESS,
+    OUTPUT_MAGNITUDE,
+    OUTPUT_SENSITIVITY,
+    OUTPUT_TAYLOR,
+    OUTPUT_VARIANCE,
+    OUTPUT_ZEROS,
     VALIDATION_LOSS,
     Signals,
 )
 from prunus.drive.signals.fisher import gradient_square, gradients
 from prunus.drive.signals.flow import flow
+from prunus.drive.signals.gates import gate, importance, output_sensitivity, output_taylor
 from prunus.drive.signals.gradient import gradient
 from prunus.drive.signals.hebb import coactivation
 from prunus.drive.signals.hessian import hessian, hessian_diagonal, hutchinson
+from prunus.drive.signals.hessian_gradient import hessian_gradient
 from prunus.drive.signals.inputs import gram, input_square
+from prunus.drive.signals.norms import norm_scale
+from prunus.drive.signals.outputs import (
+    output_distinctness,
+    output_magnitude,
+    output_variance,
+    output_zeros,
+)
 from prunus.drive.signals.sources import Sources, validation_loss
 from prunus.errors import SignalError
 
@@ -40,6 +59,16 @@ COLLECTORS: dict[str, Callable[[Sources], dict[str, Tensor]]] = {
     HESSIAN_DIAGONAL: hessian_diagonal,
     HUTCHINSON: hutchinson,
     COACTIVATION: coactivation,
+    HESSIAN_GRADIENT: hessian_gradient,
+    NORM_SCALE: norm_scale,
+    OUTPUT_ZEROS: output_zeros,
+    OUTPUT_MAGNITUDE: output_magnitude,
+    OUTPUT_VARIANCE: output_variance,
+    OUTPUT_DISTINCTNESS: output_distinctness,
+    OUTPUT_SENSITIVITY: output_sensitivity,
+    OUTPUT_TAYLOR: output_taylor,
+    GATE: gate,
+    IMPORTANCE: importance,
 }
 
 

@@ -1,0 +1,173 @@
+"""Training step of one layer, forward and both gradients: prunus against torch dense and CSR."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import harness
+import torch
+from torch import Tensor, nn
+
+from prunus import metrics
+from prunus.training import TrainableConv2d, TrainableLinear
+
+LINEAR = ((768, 768), (3072, 768), (4096, 4096))
+TOKENS = (128, 1024)
+SPARSITIES = (0.8, 0.9, 0.95, 0.98)
+# (in, out, kernel, height): ResNet-50's, batch 16
+CONV = ((64, 64, 3, 56), (128, 128, 3, 28), (256, 256, 3, 14), (512, 512, 3, 7), (256, 64, 1, 56),
+        (512, 128, 1, 28), (256, 1024, 1, 14), (512, 2048, 1, 7))  # fmt: skip
+BATCH = 16
+
+Run = Callable[[], list[Tensor]]
+
+
+def step(layer: nn.Module, x: Tensor, g: Tensor) -> Run:
+    """Forward and the gradients to input and parameters, through autograd."""
+    parameters = [next(layer.parameters())]
+
+    def run() -> list[Tensor]:
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *parameters], g)]
+
+    return run
+
+
+def csr_step(weight: Tensor, bias: Tensor, x: Tensor, g: Tensor) -> Run:
+    """The same products with torch's CSR tensors; the transpose is built beforehand."""
+    csr = weight.to_sparse_csr()
+    turned = weight.t().contiguous().to_sparse_csr()
+    zeros = torch.sparse_csr_tensor(
+        csr.crow_indices(), csr.col_indices(), torch.zeros_like(csr.values()), csr.shape
+    )
+    plain = x.detach()
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            y = (csr @ plain.t()).t() + bias
+            grad_x = (turned @ g.t()).t()
+            grad_w = torch.sparse.sampled_addmm(zeros, g.t(), plain, beta=0.0)
+            return [y, grad_x, grad_w.values()]
+
+    return run
+
+
+def thin(weight: Tensor, sparsity: float) -> None:
+    generator = torch.Generator().manual_seed(weight.numel())
+    with torch.no_grad():
+        weight.mul_(torch.rand(weight.shape, generator=generator) >= sparsity)
+
+
+def check(found: dict[str, list[Tensor]], mask: Tensor) -> None:
+    """All peers computed the same; the gradient to the weight where it is stored."""
+    wanted = found["torch dense"]
+    wanted = [wanted[0], wanted[1], wanted[2][mask]]
+    for name, tensors in found.items():
+        tensors = [
+            tensors[0],
+            tensors[1],
+            tensors[2] if tensors[2].dim() == 1 else tensors[2][mask],
+        ]
+        for left, right in zip(tensors, wanted, strict=True):
+            scale = float(right.abs().max()) if right.numel() else 0.0
+            torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4 * scale, msg=name)
+
+
+def timed(runs: dict[str, Run], mask: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    check({name: run() for name, run in runs.items()}, mask)
+    times = metrics.compare(runs, repetitions=options.repetitions, min_time=1e-3, warmup=1)
+    gains = {
+        name: {"median": gain.median, "low": gain.low, "high": gain.high}
+        for name in times
+        if name != "prunus"
+        for gain in [metrics.speedup(times[name], times["prunus"])]
+    }
+    seconds = {k: {"median": t.median, "p10": t.p10, "p90": t.p90} for k, t in times.items()}
+    return {"seconds": seconds, "speedup": gains}
+
+
+def linear(shape: tuple[int, int], n: int, sparsity: float, options: argparse.Namespace) -> Any:
+    rows, columns = shape
+    torch.manual_seed(0)
+    dense = nn.Linear(columns, rows)
+    thin(dense.weight, sparsity)
+    x, g = torch.randn(n, columns, requires_grad=True), torch.randn(n, rows)
+    weight, bias = dense.weight.detach(), dense.bias.detach()
+    packed = TrainableLinear.from_dense(dense)
+    runs: dict[str, Run] = {
+        "torch dense": step(dense, x, g),
+        "prunus": step(packed, x, g),
+        "torch CSR": csr_step(weight, bias, x, g),
+    }
+    result = timed(runs, weight != 0, options)
+    return {"layer": f"linear {rows}x{columns}", "n": n, "sparsity": sparsity, **result,
+            "bytes": {"index": packed.pattern.nbytes, "values": 4 * packed.nonzeros}}  # fmt: skip
+
+
+def convolution(
+    shape: tuple[int, int, int, int], sparsity: float, options: argparse.Namespace
+) -> Any:
+    inputs, outputs, kernel, side = shape
+    torch.manual_seed(0)
+    dense = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+    thin(dense.weight, sparsity)
+    x = torch.randn(BATCH, inputs, side, side, requires_grad=True)
+    g = torch.randn(BATCH, outputs, side, side)
+    last = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+    last.load_state_dict(dense.state_dict())
+    last.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    turned = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    runs: dict[str, Run] = {
+        "torch dense": step(dense, x, g),
+        "torch dense, channels last": step(last, turned, g.to(memory_format=torch.channels_last)),
+        "prunus": step(TrainableConv2d.from_dense(dense), x, g),
+    }
+    result = timed(runs, dense.weight.detach() != 0, options)
+    name = f"conv {kernel}x{kernel} {inputs}->{outputs} at {side}x{side}"
+    return {"layer": name, "n": BATCH, "sparsity": sparsity, **result}
+
+
+def report(cases: list[Any]) -> None:
+    """Print a row per case and the geometric means by sparsity, against the best dense."""
+    for case in cases:
+        gains = ", ".join(f"{k} {v['median']:.2f}" for k, v in case["speedup"].items())
+        print(f"{case['layer']}, n = {case['n']}, {case['sparsity']:.0%}: faster than {gains}")
+    for sparsity in sorted({case["sparsity"] for case in cases}):
+        rows = [case["speedup"] for case in cases if case["sparsity"] == sparsity]
+        dense = [min(v["median"] for k, v in r.items() if "dense" in k) for r in rows]
+        line = f"{sparsity:.0%}: best dense {harness.geometric_mean(dense):.2f}"
+        with_csr = [row["torch CSR"]["median"] for row in rows if "torch CSR" in row]
+        print(line + (f", torch CSR {harness.geometric_mean(with_csr):.2f}" if with_csr else ""))
+
+
+def main() -> None:
+    """Run all cases and print how many times faster prunus is."""
+    parser = harness.arguments(__doc__ or "")
+    parser.add_argument("--kind", choices=("linear", "conv", "both"), default="both")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    options = parser.parse_args()
+    harness.pin(options.threads)
+    warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)  # torch's CSR: beta
+    cases = []
+    if options.kind != "conv":
+        shapes = LINEAR[:2] if options.quick else LINEAR
+        found = [linear(s, n, p, options) for s in shapes for n in TOKENS for p in SPARSITIES]
+        report(found)
+        cases += found
+    if options.kind != "linear":
+        shapes = CONV[3::4] if options.quick else CONV
+        found = [convolution(shape, p, options) for shape in shapes for p in SPARSITIES]
+        report(found)
+        cases += found
+    print("written:", harness.write(__file__, options, {"cases": cases}))
+
+
+if __name__ == "__main__":
+    main()
