@@ -4,6 +4,10 @@
 #include <atomic>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "pool.h"
 
 namespace prunus {
@@ -102,6 +106,26 @@ bool run_share(void* context, int index) {
   return true;
 }
 
+// Outputs from here on often come fresh from the system: glibc keeps nothing over 32 MiB.
+constexpr int64_t kFreshBytes = int64_t{8} << 20;
+
+// Lets the system back a large output with huge pages: touching 4 KiB pages one by one costs more
+// than most products. A hint; nothing depends on it.
+void expect_large(const Call& call) {
+#if defined(MADV_HUGEPAGE)
+  const Conv& c = call.conv;
+  const int64_t columns = call.layout == Layout::conv ? c.batch * c.down.out * c.across.out : call.n;
+  const int64_t bytes = columns * call.w.rows * int64_t{sizeof(float)};
+  if (bytes < kFreshBytes || (call.layout == Layout::planes && call.ldy != call.n)) return;
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(call.y) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(call.y) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)call;
+#endif
+}
+
 }  // namespace
 
 int64_t grain() { return least_work.load(std::memory_order_relaxed); }
@@ -149,6 +173,7 @@ bool plan_conv(Conv& conv, int64_t panel) {
 bool run(const Call& call) {
   const Weight& w = call.w;
   if (call.n == 0 || w.rows == 0) return true;
+  expect_large(call);
   Plan plan{};
   plan.task.w = w;
   plan.task.x = call.x;

@@ -10,6 +10,7 @@
 #include "blob.h"
 #include "dispatch.h"
 #include "run.h"
+#include "sddmm.h"
 
 using namespace prunus;
 
@@ -203,6 +204,42 @@ bool conv_case(int isa) {
   return true;
 }
 
+// The gradient to the values, in panels or (in_place) from planes that begin at shuffled places.
+bool sampled_case(int64_t m, int64_t k, int64_t n, uint32_t block, int kind, int isa) {
+  const bool tokens = kind == 0, in_place = kind == 2;
+  if (in_place) n = (n + kLongestSum - 1) / kLongestSum * kLongestSum;
+  std::vector<float> dense(m * k);
+  for (float& value : dense) value = uniform() < 0.4 ? 0.0f : static_cast<float>(uniform());
+  Blob blob = pack(dense, m, k, in_place ? 65536 : block);
+  const Weight w = open_blob(blob.bytes());
+  const auto x = noise(n * k), g = noise(n * m), out = noise(w.nnz);
+  std::vector<float> before(out.get(), out.get() + w.nnz);
+  std::vector<int64_t> places(k);
+  for (int64_t c = 0; c < k; ++c) places[c] = (k - 1 - c) * n;
+  SampledCall call{w, tokens, x.get(), tokens ? k : n, g.get(), tokens ? m : n, n, nullptr,
+                   out.get(), rng() % 2 == 0, static_cast<int>(1 + rng() % 3), &kernels_at(isa)};
+  if (in_place) call.places = places.data();
+  if (!run_sampled(call)) return false;
+  for (uint32_t b = 0; b < w.blocks; ++b)
+    for (int64_t r = 0; r < m; ++r)
+      for (uint32_t i = w.offsets[b * m + r]; i < w.offsets[b * m + r + 1]; ++i) {
+        const int64_t c = static_cast<int64_t>(b) * w.block + w.columns[i];
+        double exact = call.accumulate ? before[i] : 0.0, scale = std::fabs(exact);
+        for (int64_t t = 0; t < n; ++t) {
+          const double left = tokens ? g[t * m + r] : g[r * n + t];
+          const double right = tokens ? x[t * k + c] : x[in_place ? places[c] + t : c * n + t];
+          exact += left * right;
+          scale += std::fabs(left * right);
+        }
+        if (std::fabs(out[i] - exact) <= (n + 3) * 1.2e-7 * scale) continue;
+        std::printf("%s sampled kind=%d m=%ld k=%ld n=%ld: out[%u] = %g, not %g\n",
+                    kernels_at(isa).isa, kind, static_cast<long>(m), static_cast<long>(k),
+                    static_cast<long>(n), i, out[i], exact);
+        return false;
+      }
+  return true;
+}
+
 bool transpose_case(int64_t m, int64_t k, uint32_t block, uint32_t block_of_transpose) {
   std::vector<float> dense(m * k), turned(m * k);
   for (float& value : dense) value = uniform() < 0.6 ? 0.0f : static_cast<float>(uniform());
@@ -233,6 +270,10 @@ int main() {
     }
   for (int isa = 0; isa < available_count(); ++isa)
     for (int i = 0; i < 150; ++i, ++done) failed += !conv_case(isa);
+  for (int isa = 0; isa < available_count(); ++isa)
+    for (int i = 0; i < 300; ++i, ++done)
+      failed += !sampled_case(pick(sizes), i % 50 == 0 ? 1100 : pick(sizes), pick(wide),
+                              pick(blocks), i % 3, isa);
   for (int i = 0; i < 200; ++i, ++done)
     failed += !transpose_case(pick(sizes), pick(sizes), pick(blocks), pick(blocks));
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);

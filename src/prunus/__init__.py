@@ -13,7 +13,7 @@ from prunus import (
 )
 from prunus.compose import compose
 from prunus.core import Context, Score, Site, Sparsifier, State
-from prunus.drive import Attached, attach, attached, prune
+from prunus.drive import Attached, attach, attached, prune, sensitivity
 from prunus.errors import PrunusError
 from prunus.evidence import Evidence, evidence
 from prunus.runtime import Plan, SparseConv2d, SparseLinear, compile, load, save
@@ -48,6 +48,7 @@ __all__ = [
     "save",
     "schedules",
     "scores",
+    "sensitivity",
     "solvers",
     "sparse_training",
     "structures",

@@ -21,6 +21,15 @@ from prunus.sites import turned
 CHUNK = 1 << 23
 """Elements of the stacked matrices that are solved at a time."""
 
+ITERATE = 192
+"""Columns above which rows are solved by conjugate gradients instead of one by one."""
+
+ITERATIONS = 300
+"""Of conjugate gradients; rows that take longer are solved by factorisation."""
+
+TOLERANCE = 1e-11
+"""Relative residual of conjugate gradients."""
+
 
 @dataclass(frozen=True)
 class Quadratic:
@@ -156,14 +165,46 @@ def refit(model: Quadratic, keep: Tensor, site: str) -> Tensor:
     found = torch.zeros_like(model.w)
     for h, w, on, out in zip(model.h, model.w, keep, found, strict=True):
         target, counts = w @ h, on.sum(1)
-        order = counts.argsort(descending=True, stable=True)  # rows of like length together
-        start, end = 0, int(torch.count_nonzero(counts))
-        while start < end:
+        left = counts > 0
+        if h.shape[0] > ITERATE:
+            out[:], done = _conjugate_gradients(h, target, w * on, on)
+            left &= ~done
+        order = counts.masked_fill(~left, 0).argsort(descending=True, stable=True)
+        start, end = 0, int(left.sum())
+        while start < end:  # rows of like length together
             height = max(1, CHUNK // int(counts[order[start]]) ** 2)
             rows = order[start : min(start + height, end)]
             out[rows] = _refit(h, target[rows], on[rows], site)
             start += height
     return found
+
+
+def _conjugate_gradients(
+    h: Tensor, target: Tensor, start: Tensor, on: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Solve all rows at once, each on its support. Returns (weights, bool [rows]: converged).
+
+    One iteration is one product with h for all rows, where a factorisation is one for each row.
+    """
+    scale = h.diagonal().clamp(min=torch.finfo(h.dtype).tiny).reciprocal() * on
+    found = start
+    residual = (target - found @ h) * on
+    goal = TOLERANCE**2 * (target.square() * scale).sum(1)
+    along = residual * scale
+    now = (residual * along).sum(1)
+    for _ in range(ITERATIONS):
+        if bool((now <= goal).all()):
+            break
+        moved = (along @ h) * on
+        bend = (along * moved).sum(1)
+        step = torch.where((now > goal) & (bend > 0), now / bend, 0.0)[:, None]
+        found = found + step * along
+        residual = residual - step * moved
+        scaled = residual * scale
+        new = (residual * scaled).sum(1)
+        along = scaled + torch.where(now > 0, new / now, 0.0)[:, None] * along
+        now = new
+    return found, now <= goal
 
 
 def _refit(h: Tensor, target: Tensor, on: Tensor, site: str) -> Tensor:

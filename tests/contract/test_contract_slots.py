@@ -150,7 +150,8 @@ SOLVERS = {
     "obs": solvers.obs(),
     "sparsegpt": [solvers.sparsegpt(), solvers.sparsegpt(block=3)],
     "pattern_library": solvers.pattern_library(2),
-    "top_k": solvers.top_k()}
+    "top_k": solvers.top_k(),
+}
 
 MATRICES = frozenset({GRAM, HESSIAN, GRADIENTS})
 """Signals that grow with the square of a weight, or its multiple."""
@@ -372,12 +373,14 @@ def test_method_on_a_model(method):
 FIRST_SCORES = [g[0] if isinstance(g, list) else g for g in SCORES.values()]
 FIRST_SHAPES = [group[0] for group in STRUCTURES.values()]
 FIRST_BUDGETS = [group[0] for group in ALLOCATIONS.values()]
+LEADING_SHAPES = [structures.element(), structures.fan_in(), structures.channel()]
+LEADING_BUDGETS = [allocations.uniform(), allocations.global_(), allocations.erk()]
 PLAIN = (scores.magnitude(), structures.element(), allocations.uniform())
 PRODUCTS = [
     pytest.param(*parts, id="-".join(part.name for part in parts))
     for parts in (
-        [(score, shape, PLAIN[2]) for score in FIRST_SCORES for shape in FIRST_SHAPES]
-        + [(score, PLAIN[1], budget) for score in FIRST_SCORES for budget in FIRST_BUDGETS]
+        [(score, shape, PLAIN[2]) for score in FIRST_SCORES for shape in LEADING_SHAPES]
+        + [(score, PLAIN[1], budget) for score in FIRST_SCORES for budget in LEADING_BUDGETS]
         + [(PLAIN[0], shape, budget) for shape in FIRST_SHAPES for budget in FIRST_BUDGETS]
     )
     if parts[1].pinned is None or parts[2].name == "uniform"

@@ -76,12 +76,12 @@ def test_wanda_in_a_grouped_convolution_and_in_a_transposed_layer():
     norms = torch.tensor([[1.0, 4.0], [9.0, 16.0]])
     expected = w.abs() * torch.tensor([[[1, 2]], [[1, 2]], [[3, 4]], [[3, 4]]])
     got = scores.wanda().value(w, Context(site, {INPUT_SQUARE: norms}))
-    torch.testing.assert_close(got, expected.double())
+    torch.testing.assert_close(got, expected)
     turned = Site("w", (3, 2), transposed=True)
     w = uniform(("w",), (3, 2))
     norms = torch.tensor([[1.0, 4.0, 9.0]])
     got = scores.wanda().value(w, Context(turned, {INPUT_SQUARE: norms}))
-    torch.testing.assert_close(got, (w * torch.tensor([[1.0], [2.0], [3.0]])).double())
+    torch.testing.assert_close(got, w * torch.tensor([[1.0], [2.0], [3.0]]))
 
 
 def test_layerwise_obs_is_the_rise_of_the_output_error_when_the_row_adapts():
@@ -230,6 +230,18 @@ def test_least_squares_is_least_squares(structure):
     for row in range(4):
         expected, _ = best(x, x @ w[row].numpy(), np.flatnonzero(mask[row]))
         np.testing.assert_allclose(new[row], expected, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("iterations", [1, 300])
+def test_long_rows_are_solved_by_iteration_and_are_as_exact(iterations, monkeypatch):
+    """With one iteration no row converges, and all of them are factorised."""
+    monkeypatch.setattr(quadratic, "ITERATE", 2)
+    monkeypatch.setattr(quadratic, "ITERATIONS", iterations)
+    w, x, at = case(outputs=5, columns=30, rows=90)
+    mask, new = solve(solvers.least_squares(0.0), w, at, 60)
+    for row in range(5):
+        expected, _ = best(x, x @ w[row].numpy(), np.flatnonzero(mask[row]))
+        np.testing.assert_allclose(new[row], expected, rtol=1e-6, atol=1e-9)
 
 
 def test_damping_pulls_towards_the_weights_that_were():

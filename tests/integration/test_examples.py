@@ -1,4 +1,4 @@
-"""The three examples run as a user runs them, without a warning, and their tables make sense."""
+"""The examples run as a user runs them, without a warning, and their tables make sense."""
 
 from __future__ import annotations
 
@@ -88,5 +88,16 @@ def test_examples_stay_short_and_importable(name):
     assert 'if __name__ == "__main__":\n    main()\n' in text
 
 
-def test_there_are_three():
-    assert NAMES == ["new_score.py", "prune_your_loop.py", "sparse_from_scratch.py"]
+def test_there_are_four():
+    wanted = ["new_score", "prune_your_loop", "sparse_from_scratch", "sparse_training"]
+    assert [f"{name}.py" for name in wanted] == NAMES
+
+
+@pytest.mark.slow
+def test_sparse_training(tmp_path):
+    lines = [line.split() for line in run("sparse_training.py", tmp_path).splitlines()[1:]]
+    accuracy = {" ".join(cells[:-3]): float(cells[-3].rstrip("%")) for cells in lines}
+    held = {" ".join(cells[:-3]): int(cells[-2].replace(",", "")) for cells in lines}
+    assert set(accuracy) == {"dense", "masked RigL", "packed RigL", "packed SET"}
+    assert abs(accuracy["packed RigL"] - accuracy["masked RigL"]) < 1
+    assert held["packed RigL"] < 0.1 * held["masked RigL"]

@@ -51,4 +51,5 @@ def test_global_top_k_over_100_million_weights_fits_into_2_gib():
     assert abs(found["kept"] - 0.1 * found["weights"]) <= 1
     assert found["ordered"]
     assert found["extra"] < 2 * 2**30, f"{found['extra'] / 2**30:.2f} GiB"
-    assert found["extra"] < 2**30, "it was 0.5 GiB when this was written"
+    # It was 0.40 GiB when this was written; scores of all sites held at once make it 0.67.
+    assert found["extra"] < 0.55 * 2**30, f"{found['extra'] / 2**30:.2f} GiB"

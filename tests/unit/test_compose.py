@@ -391,7 +391,7 @@ def test_overrides_rise_with_a_ramp_and_hold_at_its_end():
         schedule=schedules.one_shot(0.05),
         allocation=allocations.overrides(allocations.uniform(), {"b": 0.5}),
     )
-    with pytest.raises(TargetError, match="removes at least 0.1"):
+    with pytest.raises(TargetError, match=r"removes at least 0\.1"):
         low.init(sites, w, 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -13,6 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import prunus
+from prunus import allocations, growth, methods, schedules, scores, solvers, structures, training
+from prunus.compose import REFUSALS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -92,7 +97,72 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_documents_stay_short():
-    assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) < 250
+    assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) < 260
+
+
+SLOTS = {
+    "Scores": scores,
+    "Structures": structures,
+    "Allocations": allocations,
+    "Schedules": schedules,
+    "Growth": growth,
+    "Solvers": solvers,
+}
+ROW = re.compile(r"^\| `(\w+)\(([^`]*)\)` \|", re.MULTILINE)
+
+
+def section(page: str, heading: str) -> str:
+    """Return what stands between a heading of the second level and the next one."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def functions(package: object) -> set[str]:
+    return {n for n in package.__all__ if inspect.isfunction(getattr(package, n))}  # type: ignore
+
+
+def expect_rows(package: object, text: str) -> None:
+    """One row for each public function, none for what is not there, with arguments it has."""
+    rows = ROW.findall(text)
+    names = [name for name, _ in rows]
+    assert sorted(names) == sorted(functions(package)), set(names) ^ functions(package)
+    for name, arguments in rows:
+        known = inspect.signature(getattr(package, name)).parameters
+        given = [part.partition("=")[0] for part in re.split(r",\s*", arguments) if part]
+        assert given == [key for key in known if key in given], f"{name}({arguments})"
+
+
+@pytest.mark.parametrize("heading", SLOTS)
+def test_every_part_of_a_slot_has_its_row(heading):
+    expect_rows(SLOTS[heading], section("slots.md", heading))
+
+
+def test_every_method_has_its_row():
+    expect_rows(methods, (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"))
+
+
+def test_every_refusal_has_its_row():
+    rows = re.findall(
+        r"^\| (?!combination|---)", section("slots.md", "What is refused"), re.MULTILINE
+    )
+    assert len(rows) == len(REFUSALS)
+
+
+@pytest.mark.parametrize("package", [prunus, methods, training, *SLOTS.values()])
+def test_every_public_function_is_in_the_reference(package):
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^::: (\S+)\n((?: {4}.*\n)*)", text, re.MULTILINE))
+    for name in package.__all__:
+        value = getattr(package, name)
+        if not callable(value):
+            continue
+        options = blocks.get(value.__module__)
+        named = f"{value.__module__}.{name}" in blocks
+        listed = options is not None and (
+            "members:" not in options or re.search(rf"[\[ ]{name}[,\]]", options)
+        )
+        assert named or listed, f"{value.__module__}.{name} is missing in docs/api.md"
 
 
 @pytest.mark.skipif(

@@ -206,6 +206,7 @@ def test_both_networks_see_the_same_batches_of_data_that_changes():
         ((_data()[0], _data()[1] + 1), ValueRangeError, "targets 1..3"),
         ((_data()[0], _data()[1][:-1]), ShapeError, "50 inputs but 49 targets"),
         ((_data()[0] * math.nan, _data()[1]), NotFiniteError, "NaN"),
+        (7, ShapeError, "data is a int; pass .inputs, targets."),
     ],
 )
 def test_wrong_data_is_refused_in_words(data, error, words):
@@ -213,7 +214,7 @@ def test_wrong_data_is_refused_in_words(data, error, words):
         _row(data=data)
 
 
-@pytest.mark.parametrize("sizes", [(), (0, 4)])
+@pytest.mark.parametrize("sizes", [(), (0, 4), 64, None])
 def test_wrong_batch_sizes_are_refused(sizes):
     with pytest.raises(ValueRangeError, match="batch_sizes"):
         _row(batch_sizes=sizes)
@@ -308,6 +309,39 @@ def test_convolutions_are_also_timed_with_channels_last_and_stay_as_they_were():
     assert model[0].weight.is_contiguous()
     assert row.dense.flops == 2 * (4 * 36 * 27 + 4 * 36 * 3)
     assert set(row.speedup) == {1, 4}
+
+
+def test_every_form_is_timed_in_eval_mode_and_the_faster_dense_one_counts(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 3)).train()
+    fast = copy.deepcopy(model)
+    seen = {}
+
+    def compare(runs, *, repetitions):
+        for name, run in runs.items():
+            network = run.__closure__[1].cell_contents
+            seen[name] = (network.training, network[0].weight.is_contiguous())
+        seconds = {"dense": 3.0, "channels_last": 2.0, "sparse": 1.0}
+        return {n: metrics.Latency(seconds[n], 0, 0, 0, 1, (seconds[n],), 7) for n in runs}
+
+    monkeypatch.setattr(metrics, "compare", compare)
+    times = latencies(model, fast, torch.zeros(2, 2, 6, 6), [1, 2])
+    assert seen == {
+        "dense": (False, True),
+        "sparse": (False, True),
+        "channels_last": (False, False),
+    }
+    assert {n: by["dense"].median for n, by in times.items()} == {1: 2.0, 2: 2.0}
+    assert {n: by["sparse"].median for n, by in times.items()} == {1: 1.0, 2: 1.0}
+    assert model.training
+    assert model[0].weight.is_contiguous()
+
+
+def test_the_dense_file_is_dense_even_if_its_network_has_zeros():
+    network = _pruned(_network())
+    row = _row(network, copy.deepcopy(network))
+    assert row.dense.nonzeros == row.sparse.nonzeros
+    assert row.dense.index_bits == 0
+    assert row.dense.bytes > 4 * row.dense.parameters > row.sparse.bytes - 1000
 
 
 def test_to_dict_is_json_without_samples_and_the_same_every_time():

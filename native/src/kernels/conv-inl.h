@@ -129,6 +129,18 @@ __attribute__((always_inline)) inline void fetch_channel(const Conv& c, const fl
   }
 }
 
+// Asks for the residual of rows that are finished next, for the same reason.
+__attribute__((always_inline)) inline void fetch_residual(const Task& task, const Run* runs,
+                                                          const Run* end, int64_t row,
+                                                          int64_t stop) {
+  for (; row < stop; ++row) {
+    for (const Run* run = runs; run != end; ++run) {
+      const float* from = task.residual + run->from + row * task.ldy;
+      for (int64_t i = 0; i < run->count; i += kLineFloats) __builtin_prefetch(from + i);
+    }
+  }
+}
+
 template <int V>
 inline void scatter_pixels(const Task& task, const Run* runs, const Run* end, int64_t begin,
                            int64_t stop, const float* tile) {
@@ -149,6 +161,7 @@ inline void conv_rows(const Task& task, const Shifted& source, int64_t first, in
                       int64_t end, float* tile, Run* runs) {
   const int64_t count = smaller(V * kLanes, task.n - first);
   const Run* last = list_outputs(*task.conv, task.w.rows, first, count, runs);
+  if (task.residual) fetch_residual(task, runs, last, begin, end);
   multiply<V>(task.w, source, begin, end, tile);
   scatter_pixels<V>(task, runs, last, begin, end, tile);
 }

@@ -37,6 +37,7 @@ def experiments(seeds: int, folder: Path) -> list[Experiment]:
             training=Training(10, 64, "sgd", lr=0.1, weight_decay=5e-4),
             folder=folder,
             seeds=range(seeds),
+            threads=1,  # layers of this size gain little from two, and lose much on busy cores
             sweep=(0.5, 0.8, 0.9, 0.98, 0.99),
             frontier=[partial(_narrow, width) for width in WIDTHS],
         ),
@@ -48,6 +49,7 @@ def experiments(seeds: int, folder: Path) -> list[Experiment]:
             training=Training(12, 128, "adamw", lr=2e-3, weight_decay=0.01),
             folder=folder,
             seeds=range(seeds),
+            threads=1,  # layers of this size gain little from two, and lose much on busy cores
         ),
     ]
 

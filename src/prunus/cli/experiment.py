@@ -49,7 +49,7 @@ class Experiment:
 
     trained: whether the sparse network starts from the trained dense one, else from its
     initialisation. sweep: further sparsities to try, for the curve. frontier: builders of smaller
-    dense networks of the task.
+    dense networks of the task; threads: to train with (None: torch's own choice).
     """
 
     name: str
@@ -64,6 +64,7 @@ class Experiment:
     exclude: Sequence[str] = ()
     sweep: Sequence[float] = ()
     frontier: Sequence[Callable[[int], nn.Module]] = ()
+    threads: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +101,13 @@ def run(experiment: Experiment, work: Work) -> Outcome:
     """Do the whole job. Raises TargetError if a training ends before its schedule does."""
     runs = []
     name, points = "", ()
-    for seed in experiment.seeds:
-        data = experiment.data(seed)
-        if not points:
-            points = _frontier(experiment, data, work)
-        done, name = _run(experiment, seed, data, points, work)
-        runs.append(done)
+    with metrics.threads(experiment.threads or torch.get_num_threads()):
+        for seed in experiment.seeds:
+            data = experiment.data(seed)
+            if not points:
+                points = _frontier(experiment, data, work)
+            done, name = _run(experiment, seed, data, points, work)
+            runs.append(done)
     return Outcome(experiment, name, tuple(runs), points)
 
 

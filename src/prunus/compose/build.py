@@ -38,13 +38,7 @@ def compose(
     Raises CompositionError for parts that do not go together.
     """
     structure = structure or element()
-    if schedule is None:
-        if getattr(structure, "pinned", None) is None:
-            raise CompositionError(
-                "no schedule and no structure that pins a sparsity: "
-                "pass schedule=schedules.one_shot(0.9), or another one"
-            )
-        schedule = one_shot(structure.pinned or 0.0)
+    schedule = schedule or _pinned(structure)
     slots = Slots(
         score,
         structure,
@@ -74,3 +68,13 @@ def compose(
     parts_need = score.needs | (grow.needs if grow else frozenset())
     method = averaged(method) if MOMENTUM in parts_need else method
     return method if score.observe is None else observed(method, score)
+
+
+def _pinned(structure: Structure) -> Schedule:
+    """Return the schedule that a structure of one sparsity implies."""
+    if getattr(structure, "pinned", None) is None:
+        raise CompositionError(
+            "no schedule and no structure that pins a sparsity: "
+            "pass schedule=schedules.one_shot(0.9), or another one"
+        )
+    return one_shot(structure.pinned or 0.0)

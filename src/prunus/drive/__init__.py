@@ -3,7 +3,17 @@
 from prunus.drive.attach import Attached, attach
 from prunus.drive.once import prune
 from prunus.drive.registry import attached
+from prunus.drive.scan import sensitivity
 from prunus.drive.sequential import prune_sequential
 from prunus.drive.signals import Sources, collect
 
-__all__ = ["Attached", "Sources", "attach", "attached", "collect", "prune", "prune_sequential"]
+__all__ = [
+    "Attached",
+    "Sources",
+    "attach",
+    "attached",
+    "collect",
+    "prune",
+    "prune_sequential",
+    "sensitivity",
+]

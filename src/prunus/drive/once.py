@@ -68,32 +68,30 @@ def prune(
         batches = list(batches)
     backup = {name: p.detach().clone() for name, p in parameters.items()}
     state = sparsifier.init(sites, sites_.weights(parameters), seed)
+    sources = Sources(
+        model, sites, parameters, {}, inputs, batches, loss, training=False, validate=validate
+    )
     try:
-        while state.step <= sparsifier.last:
-            while (needs := sparsifier.needs(state)) is not None:
-                sources = Sources(
-                    model,
-                    sites,
-                    parameters,
-                    state.masks,
-                    inputs,
-                    batches,
-                    loss,
-                    training=False,
-                    validate=validate,
-                )
-                result = sparsifier.update(
-                    state, sites, sites_.weights(parameters), collect(needs, sources)
-                )
-                state = replace(result.state, round=max(result.state.round, state.round + 1))
-                _apply(parameters, state, result.weights)
-            state = state.next_step()
+        state = _run(sparsifier, state, sparsifier.last, sources)
     except BaseException:
         with torch.no_grad():
             for name, value in backup.items():
                 parameters[name].copy_(value)
         raise
     return state.masks
+
+
+def _run(sparsifier: Sparsifier, state: State, last: int, sources: Sources) -> State:
+    """Make all updates up to step `last`, in place."""
+    sites, parameters = sources.sites, dict(sources.parameters)
+    while state.step <= last:
+        while (needs := sparsifier.needs(state)) is not None:
+            signals = collect(needs, replace(sources, masks=state.masks))
+            result = sparsifier.update(state, sites, sites_.weights(parameters), signals)
+            state = replace(result.state, round=max(result.state.round, state.round + 1))
+            _apply(parameters, state, result.weights)
+        state = state.next_step()
+    return state
 
 
 def _expect_free(model: nn.Module, sparsifier: Sparsifier) -> None:

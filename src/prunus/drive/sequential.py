@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from prunus.errors import SignalError, SiteError, ValueRangeError
 
 Progress = Callable[[int, int, str], None]
 """(blocks done, blocks, name of the block)."""
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a block beside its input: by position, by name."""
 
 _READS = frozenset({INPUT_SQUARE, GRAM})
 _FRESH = {"past_key_values": None, "past_key_value": None, "use_cache": False}
@@ -37,7 +41,8 @@ def prune_sequential(
 ) -> Masks:
     """Prune the blocks of a stack in the order in which they run, each on what it really sees.
 
-    The model runs once up to the stack; after that only one block at a time runs: its inputs are
+    The model runs once up to the stack (the first batch goes through it, which shows how blocks are
+    called); after that only one block at a time runs: its inputs are
     measured, it is pruned, and its new outputs become the inputs of the next. In memory are the
     inputs of one block for all batches and the statistics of one block.
     blocks: path of the nn.ModuleList or nn.Sequential to walk through; left out: the one that
@@ -123,7 +128,7 @@ class _Feed:
     """inputs: of the next block, per batch; calls: the other arguments, per block and batch."""
 
     inputs: list[Tensor]
-    calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    calls: list[list[_Call]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class _Run:
     """A block with the arguments that it got beside its input; called with (batch, input)."""
 
     block: nn.Module
-    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: Sequence[_Call]
 
     def __call__(self, batch: int, x: Tensor) -> Tensor:
         args, kwargs = self.calls[batch]
@@ -145,9 +150,13 @@ class _Enough(Exception):
 def _record(
     model: nn.Module, blocks: list[nn.Module], batches: Iterable[Any], loss: Loss | None
 ) -> _Feed:
-    """Run the model once: keep what goes into the first block, and every block's arguments."""
+    """Keep what goes into the first block, and every block's other arguments.
+
+    Where all blocks got the same arguments in the first batch, later ones stop at the first block.
+    """
     feed = _Feed([], [[] for _ in blocks])
     last: list[Tensor] = []
+    shared = False
 
     def before(place: int, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         named = dict(kwargs)
@@ -161,8 +170,9 @@ def _record(
         if place == 0:
             feed.inputs.append(x.detach().clone())
         named.update({key: value for key, value in _FRESH.items() if key in named})
-        feed.calls[place].append((tuple(args[1:]), named))
-        if place == len(blocks) - 1:
+        for calls in feed.calls if shared else (feed.calls[place],):
+            calls.append((tuple(args[1:]), named))
+        if shared or place == len(blocks) - 1:
             raise _Enough
 
     def after(block: nn.Module, args: Any, output: Any) -> None:
@@ -178,6 +188,8 @@ def _record(
                     model(*args, **kwargs)
             except _Enough:
                 last.clear()
+            if len(feed.inputs) == 1:
+                shared = all(_alike(calls, feed.calls[0]) for calls in feed.calls)
     if not feed.inputs:
         raise ValueRangeError("the calibration data is empty: batches= gave no batch")
     counts = {len(calls) for calls in feed.calls}
@@ -187,6 +199,14 @@ def _record(
             f"each has to run once a batch: pass blocks= for another stack"
         )
     return feed
+
+
+def _alike(calls: Sequence[_Call], first: Sequence[_Call]) -> bool:
+    """Tell whether two blocks ran once each, with the very same arguments beside the input."""
+    if len(calls) != 1 or len(first) != 1 or calls[0][1].keys() != first[0][1].keys():
+        return False
+    left, right = ([*args, *kwargs.values()] for args, kwargs in (calls[0], first[0]))
+    return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -64,26 +64,41 @@ def top_kast(
         grain = dict.fromkeys((site.name for site in sites), 1)
         inner = select.apportion(sites, share.share(sites, {}, sparsity), grain)
         outer = select.apportion(sites, share.share(sites, {}, wide), grain)
-        values, reserve, masks, trained = {}, {}, {}, {}
-        for site in sites:
-            theta = _values(state, site, weights[site.name])
-            a = _top(theta, inner[site.name])
-            b = _top(theta, max(inner[site.name], outer[site.name]))
-            theta = theta * (1.0 - decay * (a + (b & ~a) / max(1e-9, 1.0 - sparsity)).to(theta))
-            values[site.name], reserve[site.name] = theta * a, theta * ~a
-            masks[site.name], trained[site.name] = a, b
-        new = replace(
-            state,
-            round=state.round + 1,
-            masks=masks,
-            trained=trained,
-            sparsity={s.name: 1.0 - inner[s.name] / max(1, s.size) for s in sites},
-            statistics={**state.statistics, RESERVE: reserve},
+        return _choose(
+            state, sites, weights, inner, outer, (decay, decay / max(1e-9, 1 - sparsity))
         )
-        return Update(new, values)
 
     name = f"top_kast({sparsity:g}, steps={steps}, backward={wide:g})"
     return Sparsifier(name, needs, init, update, target=sparsity, last=schedule.last)
+
+
+def _choose(
+    state: State,
+    sites: Sequence[Site],
+    weights: Weights,
+    inner: Mapping[str, int],
+    outer: Mapping[str, int],
+    decay: tuple[float, float],
+) -> Update:
+    """Take the largest as A and B, shrink both (decay: of A, of the rest of B), part the values."""
+    values, reserve, masks, trained = {}, {}, {}, {}
+    for site in sites:
+        name = site.name
+        theta = _values(state, site, weights[name])
+        a = _top(theta, inner[name])
+        b = _top(theta, max(inner[name], outer[name]))
+        theta = theta * (1.0 - a.to(theta) * decay[0] - (b & ~a).to(theta) * decay[1])
+        values[name], reserve[name] = theta * a, theta * ~a
+        masks[name], trained[name] = a, b
+    new = replace(
+        state,
+        round=state.round + 1,
+        masks=masks,
+        trained=trained,
+        sparsity={s.name: 1.0 - inner[s.name] / max(1, s.size) for s in sites},
+        statistics={**state.statistics, RESERVE: reserve},
+    )
+    return Update(new, values)
 
 
 def _values(state: State, site: Site, w: Tensor) -> Tensor:

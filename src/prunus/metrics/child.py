@@ -37,6 +37,7 @@ def _measure(modules: list[str], repetitions: int) -> tuple[int | None, str]:
         return None, f"the measuring process cannot import the model's module: {error}"
     torch.set_num_threads(1)
     _touch_libraries()
+    _release()  # what is given back later must not have counted before
     try:
         baseline = _reading().resident
     except (OSError, ImportError) as error:

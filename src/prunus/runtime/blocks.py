@@ -1,4 +1,4 @@
-"""Residual additions and activations in forward passes, moved into the sparse layers before them."""
+"""Residual additions and activations in forward passes, moved into the layers before them."""
 
 from __future__ import annotations
 

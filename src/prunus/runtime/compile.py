@@ -50,10 +50,10 @@ def compile(
     will be used. Each nn.Linear and nn.Conv2d at `minimum_sparsity` or more is timed against its
     packed twin on its real input shapes, then the whole model against the dense one; what does not
     win stays dense. A model with convolutions takes the faster memory format, too. Before that a
-    batch norm that directly follows a layer is folded into it and becomes nn.Identity; an activation
-    (ReLU, ReLU6, GELU, SiLU; module, function or method) and before it a residual addition that follow
-    packed layer are computed by it. A module whose forward pass changes by that keeps its class but
-    runs a traced forward pass, specialised to the arguments it was called with.
+    batch norm that directly follows a layer is folded into it and becomes nn.Identity. A packed
+    layer also computes the residual addition and then the activation (ReLU, ReLU6, GELU, SiLU)
+    behind it; a module whose forward pass changes by that keeps its class but runs a traced one,
+    for arguments as in the example.
     threads: what to measure with (None: torch.get_num_threads()).
     choose(layer) -> "csr" or "dense" decides instead of the clock; `Plan.choose` is one.
     The copy is in eval mode and its parameters want no gradients; the original is untouched. The

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from prunus.core import INPUT_SQUARE, Context, Score
@@ -18,8 +19,9 @@ def wanda() -> Score:
     """
 
     def value(w: Tensor, at: Context) -> Tensor:
-        norms = at[INPUT_SQUARE].double().sqrt()
-        rows = turned(at.site, w).abs().double()
+        wide = torch.promote_types(w.dtype, torch.float32)
+        norms = at[INPUT_SQUARE].sqrt().to(wide)
+        rows = turned(at.site, w).abs().to(wide)
         groups = len(norms)
         if len(rows) % groups or rows[:1].numel() not in (norms.shape[1], 0):
             raise ShapeError(

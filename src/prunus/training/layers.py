@@ -222,13 +222,8 @@ class TrainableConv2d(SparseWeight):
         if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ShapeError(f"input is {list(input.shape)}, not [B, {self.in_channels}, H, W]")
         x = self._inputs(input if input.dim() == 4 else input.unsqueeze(0))
-        y = _convolution(
-            x,
-            self.values,
-            self.bias,
-            self._way(),
-            self.window,  # pyright: ignore[reportCallIssue]
-        )
+        given = (x, self.values, self.bias, self._way(), self.window)
+        y = _convolution(*given)  # pyright: ignore[reportCallIssue]
         return (y if input.dim() == 4 else y.squeeze(0)).to(input.dtype)
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from prunus import rng
 from prunus.core import check_sparsity
 from prunus.errors import AttachError, DisagreementError, NotFiniteError, ValueRangeError
+from prunus.sites import unwrap
 from prunus.training.functions import Rows
 from prunus.training.layers import SparseWeight, distinct
 from prunus.training.pattern import Pattern
@@ -79,29 +80,34 @@ class LargestGradients:
 
     def __call__(self, rows: Rows) -> None:
         """Look at the gradient of one backward pass."""
-        best = torch.empty(0)
-        places = torch.empty(0, dtype=torch.int64)
-        for begin, end in blocks(self.pattern):
+        self.places, best, least = torch.empty(0, dtype=torch.int64), torch.empty(0), -1.0
+        for begin, end in blocks(self.pattern) if self.count else ():
             dense = rows(begin, end).detach()
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(dense)
             size = dense.abs().reshape(-1).cpu()
-            if not bool(torch.isfinite(size).all()):
+            if not bool(torch.isfinite(size.sum())) and not bool(torch.isfinite(size).all()):
                 raise NotFiniteError(f"the gradient of rows {begin} to {end} is not finite")
             size[self.pattern.row_places(begin, end)] = -1.0
-            found = size.topk(min(self.count, len(size)))
-            keep = found.values >= 0
-            best = torch.cat([best.to(found.values), found.values[keep]])
-            places = torch.cat([places, found.indices[keep] + begin * self.pattern.shape[1]])
-            if len(best) > self.count:
-                order = best.sort(descending=True, stable=True).indices[: self.count]
-                best, places = best[order], places[order]
-        self.places = places.sort().values
+            found = (size > least).nonzero().flatten()
+            best = torch.cat([best.to(size), size[found]])
+            self.places = torch.cat([self.places, found + begin * self.pattern.shape[1]])
+            if len(best) > 2 * self.count:
+                best = self._reduce(best)
+                least = float(best.min())
+        self._reduce(best)
+
+    def _reduce(self, best: Tensor) -> Tensor:
+        """Keep the `count` largest, in the order of their places."""
+        order = best.sort(descending=True, stable=True).indices[: self.count].sort().values
+        self.places = self.places[order]
+        return best[order]
 
 
 def layers_of(model: nn.Module) -> dict[str, SparseWeight]:
-    """Return {name: packed layer} of a model."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, SparseWeight)}
+    """Return {name: packed layer} of a model, below DDP and torch.compile."""
+    inner = unwrap(model)
+    return {name: m for name, m in inner.named_modules() if isinstance(m, SparseWeight)}
 
 
 class Dynamic:

@@ -6,7 +6,15 @@ import pickle
 import pytest
 import torch
 
-from prunus.bench import digits_cnn, lenet_300_100, mlp
+from prunus.bench import (
+    bert_base,
+    digits_cnn,
+    lenet_300_100,
+    minilm,
+    mlp,
+    mobilenet_v2,
+    resnet50,
+)
 from prunus.errors import ValueRangeError
 from prunus.metrics import counts
 
@@ -48,3 +56,21 @@ def test_sizes_are_checked():
         mlp(hidden=(0,))
     with pytest.raises(ValueRangeError, match="width 0"):
         digits_cnn(0)
+
+
+LARGE = [
+    (resnet50, (3, 32, 32), 25_557_032),
+    (mobilenet_v2, (3, 32, 32), 3_504_872),
+    (minilm, (8, 384), 6 * (12 * 384**2 + 13 * 384) + 2 * 385),
+    (bert_base, (8, 768), 12 * (12 * 768**2 + 13 * 768) + 2 * 769),
+]
+
+
+@pytest.mark.parametrize(("build", "shape", "parameters"), LARGE)
+def test_large_models_have_the_sizes_of_their_papers(build, shape, parameters):
+    model = build(seed=3).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    with torch.no_grad():
+        logits = model(torch.ones(2, *shape))
+    assert logits.shape == (2, model(torch.ones(1, *shape)).shape[1])
+    assert torch.isfinite(logits).all()

@@ -98,13 +98,38 @@ def test_seeing_pruned_inputs_differs_from_seeing_dense_ones():
     assert not torch.equal(together.blocks[2].left.weight, after.blocks[2].left.weight)
 
 
-def test_the_model_runs_once_and_a_block_twice_for_each_batch():
+def test_only_the_first_batch_runs_through_the_stack_if_blocks_are_called_alike():
     model = stack()
     prune_sequential(model, methods.wanda(0.5), data())
     # recorded once (the last is stopped before it runs), measured, and run for the next
-    assert [block.calls for block in model.blocks] == [9, 9, 3]
+    assert [block.calls for block in model.blocks] == [1 + 3 + 3, 1 + 3 + 3, 3]
     assert not any(module._forward_hooks for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Graded(Stack):
+    def forward(self, x, scale=1.0):
+        x = self.first(x)
+        for number, block in enumerate(self.blocks):
+            x, _ = block(x, torch.full((len(x), 1), scale * number), use_cache=False)
+        return self.head(x)
+
+
+def test_blocks_that_are_called_differently_keep_their_own_arguments():
+    torch.manual_seed(0)
+    model, batches = Graded().double(), data()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks = prune_sequential(model, methods.wanda(0.5), batches)
+    assert [block.calls for block in model.blocks] == [9, 9, 3]
+    with torch.no_grad():
+        x = model.first(torch.cat(batches))
+        for number, block in enumerate(model.blocks):
+            w = before[f"blocks.{number}.left.weight"]
+            ranked = w.abs() * x.norm(dim=0)
+            off = torch.zeros_like(w, dtype=torch.bool)
+            off.scatter_(1, ranked.argsort(1)[:, :3], True)
+            assert torch.equal(masks[f"blocks.{number}.left.weight"], ~off)
+            x = block(x, float(number), use_cache=False)[0]
 
 
 def test_progress_and_data_from_a_generator_and_a_loss():

@@ -148,6 +148,7 @@ def corrupt(packed, **parts):
         ("dense", {"extra": np.ones(3, np.float32)}),
         ("bitmap", {"bitmap": np.array([0xFF, 0xFF], np.uint8)}),
         ("bitmap", {"bitmap": np.array([0b110, 0b00010001], np.uint8)}),
+        ("bitmap", {"bitmap": np.array([0b110, 0b00010000], np.uint8)}),  # as many, one in padding
         ("bitmap", {"bitmap": np.array([6], np.uint8)}),
         ("bitmap", {"values": np.float32(3)}),
         ("csr", {"row_offsets": np.array([0, 2, 1, 3], np.uint32)}),

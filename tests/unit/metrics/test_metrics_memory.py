@@ -41,7 +41,8 @@ def test_weights_show_in_full_and_in_proportion():
     small = peak_memory(nn.Linear(2048, 2048, bias=False), torch.zeros(1, 2048))
     assert large.bytes is not None, large
     assert small.bytes is not None, small
-    assert 64 * MIB <= large.bytes <= 100 * MIB
+    # The kernel counts resident pages in batches: a few hundred KiB may be missing.
+    assert 63 * MIB <= large.bytes <= 100 * MIB
     assert 0.15 <= small.bytes / large.bytes <= 0.4
 
 

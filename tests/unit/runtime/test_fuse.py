@@ -97,7 +97,8 @@ class Untraceable(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("activation", "name"), [(nn.ReLU(), "relu"), (nn.GELU(), "gelu"), (nn.SiLU(), "silu"), (nn.ReLU6(), "relu6")]
+    ("activation", "name"),
+    [(nn.ReLU(), "relu"), (nn.GELU(), "gelu"), (nn.SiLU(), "silu"), (nn.ReLU6(), "relu6")],
 )
 def test_neighbours_in_a_sequential_where_tracing_fails(activation, name):
     layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), activation, nn.Conv2d(8, 2, 1), nn.Tanh())

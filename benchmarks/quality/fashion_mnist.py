@@ -1,0 +1,204 @@
+"""Accuracy of LeNet-300-100 on Fashion-MNIST after ten epochs, for every method that trains.
+
+apt-get install dataset-fashion-mnist
+python benchmarks/quality/fashion_mnist.py --seeds 5
+
+One JSON line per run in results/fashion_mnist.jsonl; what is there already is not run again. All
+runs have the same epochs, batches and learning rates; methods that prune at initialisation do so
+before them. The accuracy is that of the last epoch on the test set, which nothing else looks at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import prunus as pr
+from prunus.bench import Dataset, fashion_mnist, fit, lenet_300_100, steps_per_epoch
+from prunus.core import Sparsifier
+
+m = pr.methods
+BATCH, RATE, MOMENTUM, DECAY = 128, 0.1, 0.9, 5e-4
+Make = Callable[[float, int], Sparsifier]
+
+AT_START: dict[str, Make] = {
+    "random_pruning": lambda s, n: m.random_pruning(s),
+    "snip": lambda s, n: m.snip(s),
+    "iterative_snip": lambda s, n: m.iterative_snip(s),
+    "force": lambda s, n: m.force(s),
+    "grasp": lambda s, n: m.grasp(s),
+    "synflow": lambda s, n: m.synflow(s),
+    "expander": lambda s, n: m.expander(s),
+}
+"""Methods that prune before the training; (sparsity, steps) -> method."""
+
+WHILE_TRAINING: dict[str, Make] = {
+    "one_shot_magnitude": lambda s, n: m.one_shot_magnitude(s, step=n // 2),
+    "lamp": lambda s, n: m.lamp(s, step=n // 2),
+    "taylor": lambda s, n: m.taylor(s, step=n // 2),
+    "total_change": m.total_change,
+    "gradual_magnitude": m.gradual_magnitude,
+    "movement": m.movement,
+    "adaptive_pruning": m.adaptive_pruning,
+    "ac_dc": m.ac_dc,
+    "iterative_hard_thresholding": m.iterative_hard_thresholding,
+    "global_sparse_momentum": m.global_sparse_momentum,
+    "set_": m.set_,
+    "rigl": m.rigl,
+    "itop": m.itop,
+    "sparse_momentum": m.sparse_momentum,
+    "granet": m.granet,
+    "mest": m.mest,
+    "nest": m.nest,
+    "dynamic_reparameterization": m.dynamic_reparameterization,
+    "deep_rewiring": lambda s, n: m.deep_rewiring(s, n, lr=RATE),
+    "top_kast": m.top_kast,
+}
+NAMES = ["dense", *AT_START, *WHILE_TRAINING]
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    model.eval()
+    return float((model(inputs).argmax(1) == targets).float().mean())
+
+
+def held_out(data: Dataset, count: int = 5000) -> tuple[Dataset, tuple[Tensor, Tensor]]:
+    """Set training images aside, for methods that follow the validation loss."""
+    rest = dataclasses.replace(
+        data, train_inputs=data.train_inputs[:-count], train_targets=data.train_targets[:-count]
+    )
+    return rest, (data.train_inputs[-count:], data.train_targets[-count:])
+
+
+def ten_per_class(data: Dataset) -> tuple[Tensor, Tensor]:
+    chosen = torch.cat(
+        [(data.train_targets == c).nonzero().flatten()[:10] for c in range(data.classes)]
+    )
+    return data.train_inputs[chosen], data.train_targets[chosen]
+
+
+def run(data: Dataset, name: str, sparsity: float, seed: int, epochs: int) -> dict[str, Any]:
+    data, validation = held_out(data)
+    model = lenet_300_100(seed=seed)
+    steps = epochs * steps_per_epoch(data, BATCH)
+    start, masks = time.perf_counter(), None
+    if name in AT_START:
+        batch = ten_per_class(data)
+        method = AT_START[name](sparsity, steps)
+        masks = pr.prune(model, method, inputs=batch[0], batches=[batch], loss=loss, seed=seed)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=RATE,
+        momentum=0.98 if name == "global_sparse_momentum" else MOMENTUM,
+        weight_decay=DECAY,
+    )
+    attached = None
+    if name != "dense":
+        method = m.fixed(masks) if masks else WHILE_TRAINING[name](sparsity, steps)
+        attached = pr.attach(
+            method,
+            model,
+            optimizer,
+            inputs=data.train_inputs[:BATCH],
+            validate=lambda: float(loss(model, validation).detach()),
+            seed=seed,
+        )
+    losses = fit(model, optimizer, data, epochs=epochs, batch_size=BATCH, seed=seed)
+    return {
+        "method": name,
+        "sparsity": sparsity,
+        "seed": seed,
+        "epochs": epochs,
+        "accuracy": round(accuracy(model, data.test_inputs, data.test_targets), 4),
+        "reached": round(attached.sparsity if attached else 0.0, 6),
+        "last_loss": round(fmean(losses[-100:]), 4),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["method"], row["sparsity"], row["seed"], row["epochs"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows so far; a last line that an interruption cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def table(rows: list[dict[str, Any]], sparsities: list[float]) -> str:
+    """Mean and deviation of the accuracy in percent, a row per method."""
+    lines = ["method".ljust(30) + "".join(f"{100 * s:>16.4g}%" for s in sparsities)]
+    for name in NAMES:
+        cells = []
+        for sparsity in sparsities:
+            found = [
+                100 * r["accuracy"]
+                for r in rows
+                if r["method"] == name and (r["sparsity"] == sparsity or name == "dense")
+            ]
+            text = f"{fmean(found):.2f} +- {pstdev(found):.2f} ({len(found)})" if found else "-"
+            cells.append(text.rjust(17))
+        if any(cell.strip() != "-" for cell in cells):
+            lines.append(name.ljust(30) + "".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    default = Path(__file__).parent / "results" / "fashion_mnist.jsonl"
+    parser.add_argument("--out", type=Path, default=default)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.parent.mkdir(exist_ok=True)
+    data = fashion_mnist()
+    done = {key(row) for row in read(options.out)}
+    for seed in range(options.seeds):
+        for sparsity in options.sparsities:
+            for name in options.methods:
+                asked = (name, 0.0 if name == "dense" else sparsity, seed, options.epochs)
+                if asked in done:
+                    continue
+                row = run(data, *asked)
+                append(options.out, row)
+                done.add(asked)
+                print(row, flush=True)
+    print(table(read(options.out), options.sparsities))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Packed layers under DDP (gloo): gradients are averaged, all ranks move the same connections."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import prunus as pr
+from prunus.errors import DisagreementError
+from prunus.training import TrainableLinear, check_topology, dynamic
+
+
+def make() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 7)).double()
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 20, generator=generator).double()
+    return x, torch.randint(0, 7, (16,), generator=generator)
+
+
+def train(model: nn.Module, grow: str, rows: slice) -> list[torch.Tensor]:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    dynamic(model, optimizer, 12, grow=grow, every=3)
+    for step in range(12):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    inner = getattr(model, "module", model)
+    return [layer.dense_weight() for layer in inner if isinstance(layer, TrainableLinear)]
+
+
+def worker(rank: int, port: int, grow: str, results) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        model = DistributedDataParallel(pr.sparse_training(make(), 0.7))
+        results[rank] = [w.tolist() for w in train(model, grow, slice(8 * rank, 8 * rank + 8))]
+        try:
+            spoiled = TrainableLinear.random(9, 9, 0.5, seed=rank)
+            check_topology({"spoiled": spoiled})
+        except DisagreementError as error:
+            results[f"error {rank}"] = str(error)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grow", ["gradient", "random"])
+def test_two_ranks_are_one_process_with_the_whole_batch(grow):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(worker, args=(port, grow, results), nprocs=2)
+        found = dict(results)
+    assert found[0] == found[1]
+    assert "'spoiled'" in found["error 0"]
+    assert "'spoiled'" in found["error 1"]
+    alone = train(pr.sparse_training(make(), 0.7), grow, slice(0, 16))
+    for left, right in zip(found[0], alone, strict=True):
+        torch.testing.assert_close(torch.tensor(left, dtype=torch.float64), right)
