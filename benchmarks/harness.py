@@ -17,7 +17,7 @@ from typing import Any
 
 from prunus.evidence import environment
 
-PEERS = ("torch", "numpy", "scipy", "prunus")
+PEERS = ("torch", "numpy", "scipy", "onnxruntime", "openvino", "prunus")
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -25,59 +25,6 @@ Weights: TypeAlias = Mapping[str, Tensor]
 Scores: TypeAlias = Mapping[str, Tensor]
 """Parameter name -> float tensor [rows, units]; higher = keep. May compute on access."""
 
-GRADIENT = "gradient"
-"""Signal: dL/dw of the training loss at the present weights, dense (also where a weight is off)."""
-
-FLOW = "flow"
-"""Signal: dR/d|w| of the synaptic flow R = 1^T (prod |W_l|) 1 of the masked network."""
-
-INPUT_SQUARE = "input_square"
-"""Signal: E[x_j^2] of what each column of the turned 2-d weight is multiplied with, [groups, n]."""
-
-GRAM = "gram"
-"""Signal: E[x x^T] of the same inputs, float64 [groups, n, n]; groups: of a convolution, else 1."""
-
-GRADIENT_SQUARE = "gradient_square"
-"""Signal: mean over examples of (dL/dw)^2, the diagonal of the empirical Fisher matrix."""
-
-GRADIENTS = "gradients"
-"""Signal: dL/dw of every example, [examples, *shape]."""
-
-HESSIAN = "hessian"
-"""Signal: exact d2L/dw dw of one site, [size, size]; small sites only."""
-
-HESSIAN_DIAGONAL = "hessian_diagonal"
-"""Signal: exact d2L/dw_i^2; small networks only."""
-
-HUTCHINSON = "hutchinson"
-"""Signal: unbiased estimate of d2L/dw_i^2 from random directions."""
-
-MOMENTUM = "momentum"
-"""Signal: exponential average of GRADIENT over the training steps; `compose` keeps it, dense."""
-
-COACTIVATION = "coactivation"
-"""Signal: mean over examples of a unit's output times its input, for every weight (Hebb)."""
-
-HESSIAN_GRADIENT = "hessian_gradient"
-"""Signal: H g, the Hessian of the loss over all sites times its gradient."""
-
-# Signals of each output a of a site, after norm and activation, spread over the weight's shape:
-NORM_SCALE = "norm_scale"  # |gamma| of the batch norm that follows
-OUTPUT_ZEROS = "output_zeros"  # share of zeros
-OUTPUT_MAGNITUDE = "output_magnitude"  # E|a|
-OUTPUT_VARIANCE = "output_variance"  # E a^2 - (E a)^2
-OUTPUT_DISTINCTNESS = "output_distinctness"  # 1 - |correlation| with the nearest, when removed
-OUTPUT_SENSITIVITY = "output_sensitivity"  # max_k of the rms of do_k/da, o the network's outputs
-OUTPUT_TAYLOR = "output_taylor"  # mean over examples of |mean over positions of dL/da a|
-GATE = "gate"  # dL/d(alpha) of a gate alpha = 1 on a
-IMPORTANCE = "importance"  # |W_(l+1)|^T ... |W_L|^T 1
-
-VALIDATION_LOSS = "validation_loss"
-"""Signal: the loss on held-out data, in `Signals.loss`; from `validate=` of attach and prune."""
-
-RESERVE = "reserve"
-"""Statistic: values of weights that are off but not forgotten; 0 where a weight is on."""
-
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     """Return `sparsity` if it lies in [0, 1]; raise ValueRangeError if not (NaN included)."""

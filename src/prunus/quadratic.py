@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunus.core import GRADIENTS, GRAM, HESSIAN, Context
+from prunus.core import Context
 from prunus.errors import NotFiniteError, ShapeError, ValueRangeError
+from prunus.kinds import GRADIENTS, GRAM, HESSIAN
 from prunus.sites import turned
 
 CHUNK = 1 << 23

@@ -10,18 +10,9 @@ import pytest
 import torch
 
 from prunus import checks, growth, methods, schedules, scores, solvers, structures
-from prunus.core import (
-    GRADIENT,
-    Allocation,
-    Growth,
-    Schedule,
-    Score,
-    Solver,
-    State,
-    Structure,
-    Update,
-)
+from prunus.core import Allocation, Growth, Schedule, Score, Solver, State, Structure, Update
 from prunus.errors import ContractError, PrunusError, ShapeError, TargetError
+from prunus.kinds import GRADIENT
 from prunus.select import keep_top
 
 COUNTER = iter(range(10**9))

@@ -19,8 +19,9 @@ from prunus.checks import (
     check_structure,
 )
 from prunus.compose import compose
-from prunus.core import GRADIENTS, GRAM, HESSIAN, Signals, Site, State
+from prunus.core import Signals, Site, State
 from prunus.errors import ShapeError
+from prunus.kinds import GRADIENTS, GRAM, HESSIAN
 from prunus.rng import uniform
 
 SCORES = {

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from prunus import allocations, growth, schedules, scores
-from prunus.core import FLOW, GRADIENT, Context, Site
+from prunus.core import Context, Site
 from prunus.drive import Sources, collect
+from prunus.kinds import FLOW, GRADIENT
 from prunus.sites import find, parameters
 
 

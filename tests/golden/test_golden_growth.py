@@ -24,9 +24,10 @@ from prunus import (
 )
 from prunus import sites as sites_
 from prunus.compose.redistribute import redistributed, spread
-from prunus.core import COACTIVATION, RESERVE, Context, Signals, Site
+from prunus.core import Context, Signals, Site
 from prunus.drive.signals import Sources, collect
 from prunus.errors import CompositionError, NotFiniteError, SignalError
+from prunus.kinds import COACTIVATION, RESERVE
 
 SHAPES = {"a": (9, 7), "b": (5, 12), "c": (4, 3, 2, 2)}
 SITES = tuple(Site(name, shape) for name, shape in SHAPES.items())

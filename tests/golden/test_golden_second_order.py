@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from prunus import quadratic, scores, solvers, structures
-from prunus.core import GRADIENTS, GRAM, HESSIAN, INPUT_SQUARE, Context, Site
+from prunus.core import Context, Site
 from prunus.drive import Sources, collect
 from prunus.errors import NotFiniteError, ValueRangeError
+from prunus.kinds import GRADIENTS, GRAM, HESSIAN, INPUT_SQUARE
 from prunus.rng import uniform
 from prunus.select import keep_top
 from prunus.sites import find, parameters

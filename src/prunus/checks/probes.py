@@ -14,7 +14,8 @@ from torch import Tensor
 
 from prunus import rng
 from prunus.checks.rules import Judge
-from prunus.core import GRADIENTS, GRAM, HESSIAN, INPUT_SQUARE, Site
+from prunus.core import Site
+from prunus.kinds import GRADIENTS, GRAM, HESSIAN, INPUT_SQUARE
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     (8, 12),

@@ -7,8 +7,9 @@ from prunus.compose import step
 from prunus.compose.memory import observed
 from prunus.compose.slots import Slots, check
 from prunus.compose.track import averaged
-from prunus.core import MOMENTUM, Allocation, Growth, Schedule, Score, Solver, Sparsifier, Structure
+from prunus.core import Allocation, Growth, Schedule, Score, Solver, Sparsifier, Structure
 from prunus.errors import CompositionError
+from prunus.kinds import MOMENTUM
 from prunus.schedules import one_shot
 from prunus.solvers import top_k
 from prunus.structures import element

@@ -8,19 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prunus.core import (
-    RESERVE,
-    Context,
-    Schedule,
-    Score,
-    Signals,
-    Site,
-    Sparsifier,
-    State,
-    Update,
-    Weights,
-)
+from prunus.core import Context, Schedule, Score, Signals, Site, Sparsifier, State, Update, Weights
 from prunus.errors import NotFiniteError, SignalError
+from prunus.kinds import RESERVE
 
 _SCHEDULE = "schedule"
 """Statistic of a schedule that adapts: {"best": lowest validation loss so far}."""

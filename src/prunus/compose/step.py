@@ -12,20 +12,9 @@ from prunus import select
 from prunus.compose.memory import adapted, at_site, reserved
 from prunus.compose.redistribute import redistributed
 from prunus.compose.slots import Slots
-from prunus.core import (
-    RESERVE,
-    VALIDATION_LOSS,
-    Context,
-    Growth,
-    Score,
-    Signals,
-    Site,
-    State,
-    Structure,
-    Update,
-    Weights,
-)
+from prunus.core import Context, Growth, Score, Signals, Site, State, Structure, Update, Weights
 from prunus.errors import CompositionError, ShapeError, TargetError
+from prunus.kinds import RESERVE, VALIDATION_LOSS
 from prunus.sites import turned, turned_shape, with_unit
 
 

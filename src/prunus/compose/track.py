@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prunus.core import GRADIENT, MOMENTUM, Signals, Site, Sparsifier, State, Update, Weights
+from prunus.core import Signals, Site, Sparsifier, State, Update, Weights
+from prunus.kinds import GRADIENT, MOMENTUM
 
 DECAY = 0.9
 """Of the average behind the signal MOMENTUM, as in sparse momentum."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus import sites as sites_
-from prunus.core import GRADIENT, Masks, Site, Sparsifier, State
+from prunus.core import Masks, Site, Sparsifier, State
 from prunus.drive.agree import check_agreement
 from prunus.drive.checkpoint import KEY, from_blob, same_method, to_blob
 from prunus.drive.registry import (
@@ -27,6 +27,7 @@ from prunus.drive.registry import (
 from prunus.drive.reserve import hide, recall
 from prunus.drive.signals import Sources, collect
 from prunus.errors import AttachError, SignalError
+from prunus.kinds import GRADIENT
 
 
 def attach(

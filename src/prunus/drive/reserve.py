@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from prunus.core import RESERVE, State
+from prunus.core import State
+from prunus.kinds import RESERVE
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from prunus import sites as sites_
-from prunus.core import GRAM, INPUT_SQUARE, Masks, Site, Sparsifier
+from prunus.core import Masks, Site, Sparsifier
 from prunus.drive.signals import Loss, Sources, as_call, collect, untouched
 from prunus.errors import SignalError, SiteError, ValueRangeError
+from prunus.kinds import GRAM, INPUT_SQUARE
 
 Progress = Callable[[int, int, str], None]
 """(blocks done, blocks, name of the block)."""

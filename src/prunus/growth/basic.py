@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 
 from prunus import rng
-from prunus.core import GRADIENT, Growth, check_sparsity
+from prunus.core import Growth, check_sparsity
 from prunus.errors import ValueRangeError
+from prunus.kinds import GRADIENT
 
 
 def cosine(fraction: float, steps: int) -> Callable[[int], float]:

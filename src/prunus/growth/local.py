@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from prunus import rng
-from prunus.core import COACTIVATION, Context, Growth
+from prunus.core import Context, Growth
+from prunus.kinds import COACTIVATION
 
 
 def hebbian(turnover: Callable[[int], float]) -> Growth:

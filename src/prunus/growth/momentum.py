@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from prunus.core import MOMENTUM, Context, Growth
+from prunus.core import Context, Growth
+from prunus.kinds import MOMENTUM
 
 
 def momentum(turnover: Callable[[int], float], *, redistribute: bool = True) -> Growth:

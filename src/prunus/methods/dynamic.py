@@ -8,7 +8,8 @@ from typing import Literal
 from prunus import allocations, growth, schedules, scores
 from prunus.combine import then
 from prunus.compose import compose
-from prunus.core import GRADIENT, Allocation, Score, Sparsifier, Structure
+from prunus.core import Allocation, Score, Sparsifier, Structure
+from prunus.kinds import GRADIENT
 from prunus.methods.pruning import gradual_magnitude
 
 

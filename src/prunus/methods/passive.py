@@ -9,18 +9,9 @@ from torch import Tensor
 
 from prunus import allocations, schedules, scores, select
 from prunus.compose import compose
-from prunus.core import (
-    GRADIENT,
-    Context,
-    Score,
-    Signals,
-    Site,
-    Sparsifier,
-    State,
-    Update,
-    Weights,
-)
+from prunus.core import Context, Score, Signals, Site, Sparsifier, State, Update, Weights
 from prunus.errors import ValueRangeError
+from prunus.kinds import GRADIENT
 
 
 def global_sparse_momentum(sparsity: float, steps: int, *, end: int | None = None) -> Sparsifier:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from prunus import allocations, schedules, select
 from prunus.core import (
-    RESERVE,
     Allocation,
     Signals,
     Site,
@@ -20,6 +19,7 @@ from prunus.core import (
     check_sparsity,
 )
 from prunus.errors import CompositionError, ValueRangeError
+from prunus.kinds import RESERVE
 
 
 def top_kast(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.core import INPUT_SQUARE, Context, Score
+from prunus.core import Context, Score
 from prunus.errors import ShapeError
+from prunus.kinds import INPUT_SQUARE
 from prunus.sites import turned
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.core import FLOW, GRADIENT, HESSIAN_GRADIENT, RESERVE, Context, Score
+from prunus.core import Context, Score
 from prunus.errors import ValueRangeError
+from prunus.kinds import FLOW, GRADIENT, HESSIAN_GRADIENT, RESERVE
 
 
 def _product(w: Tensor, at: Context) -> Tensor:

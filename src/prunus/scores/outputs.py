@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.core import (
+from prunus.core import Context, Score
+from prunus.kinds import (
     GATE,
     IMPORTANCE,
     NORM_SCALE,
@@ -19,8 +20,6 @@ from prunus.core import (
     OUTPUT_TAYLOR,
     OUTPUT_VARIANCE,
     OUTPUT_ZEROS,
-    Context,
-    Score,
 )
 from prunus.scores.pairs import nearest_first
 

@@ -8,17 +8,9 @@ import torch
 from torch import Tensor
 
 from prunus import quadratic
-from prunus.core import (
-    GRADIENT_SQUARE,
-    GRADIENTS,
-    GRAM,
-    HESSIAN,
-    HESSIAN_DIAGONAL,
-    HUTCHINSON,
-    Context,
-    Score,
-)
+from prunus.core import Context, Score
 from prunus.errors import ValueRangeError
+from prunus.kinds import GRADIENT_SQUARE, GRADIENTS, GRAM, HESSIAN, HESSIAN_DIAGONAL, HUTCHINSON
 from prunus.sites import turned
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prunus.core import GRADIENT, Context, Score
+from prunus.core import Context, Score
 from prunus.errors import ValueRangeError
+from prunus.kinds import GRADIENT
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from prunus import quadratic
-from prunus.core import GRAM, Context, Solver, Structure
+from prunus.core import Context, Solver, Structure
 from prunus.errors import ValueRangeError
+from prunus.kinds import GRAM
 from prunus.solvers.refit import refitted
 from prunus.solvers.units import chosen, forced_off, positions, scattered
 

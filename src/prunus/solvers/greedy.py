@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from prunus import quadratic
-from prunus.core import GRAM, HESSIAN, Context, Solver, Structure
+from prunus.core import Context, Solver, Structure
+from prunus.kinds import GRAM, HESSIAN
 from prunus.solvers.refit import refitted
 from prunus.solvers.units import chosen, forced_off, positions, scattered
 

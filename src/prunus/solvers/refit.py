@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from prunus import quadratic
-from prunus.core import GRADIENTS, GRAM, Context, Solver, Structure
+from prunus.core import Context, Solver, Structure
 from prunus.errors import ValueRangeError
+from prunus.kinds import GRADIENTS, GRAM
 from prunus.solvers.units import chosen
 
 

@@ -8,9 +8,10 @@ from torch import nn
 
 from prunus import methods, schedules, scores, solvers
 from prunus.compose import compose
-from prunus.core import GRAM, Context, Score
+from prunus.core import Context, Score
 from prunus.drive import prune, prune_sequential
 from prunus.errors import NotFiniteError, SignalError, SiteError, ValueRangeError
+from prunus.kinds import GRAM
 from prunus.sites import find
 from prunus.structures import element
 

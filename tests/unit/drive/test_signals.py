@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.core import FLOW, GRADIENT
 from prunus.drive import Sources, collect
 from prunus.errors import SignalError, ValueRangeError
+from prunus.kinds import FLOW, GRADIENT
 from prunus.sites import find, parameters
 
 

@@ -8,11 +8,11 @@ from torch import nn
 from torch.autograd.functional import hessian as autograd_hessian
 from torch.func import functional_call, grad
 
-from prunus.core import GRADIENT_SQUARE, GRADIENTS, HESSIAN, HESSIAN_DIAGONAL, HUTCHINSON
 from prunus.drive import Sources, collect
 from prunus.drive.signals import hessian as hessian_
 from prunus.drive.signals.fisher import examples
 from prunus.errors import ShapeError, SignalError
+from prunus.kinds import GRADIENT_SQUARE, GRADIENTS, HESSIAN, HESSIAN_DIAGONAL, HUTCHINSON
 from prunus.sites import find, parameters
 
 

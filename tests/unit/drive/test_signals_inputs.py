@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.core import GRAM, INPUT_SQUARE
 from prunus.drive import Sources, collect
 from prunus.drive.signals import patches as patches_
 from prunus.drive.signals.inputs import watching
 from prunus.errors import SignalError, ValueRangeError
+from prunus.kinds import GRAM, INPUT_SQUARE
 from prunus.sites import find, parameters, turned
 
 

@@ -6,7 +6,25 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from prunus.core import (
+from prunus.core import Signals
+from prunus.drive.signals.fisher import gradient_square, gradients
+from prunus.drive.signals.flow import flow
+from prunus.drive.signals.gates import gate, importance, output_sensitivity, output_taylor
+from prunus.drive.signals.gradient import gradient
+from prunus.drive.signals.hebb import coactivation
+from prunus.drive.signals.hessian import hessian, hessian_diagonal, hutchinson
+from prunus.drive.signals.hessian_gradient import hessian_gradient
+from prunus.drive.signals.inputs import gram, input_square
+from prunus.drive.signals.norms import norm_scale
+from prunus.drive.signals.outputs import (
+    output_distinctness,
+    output_magnitude,
+    output_variance,
+    output_zeros,
+)
+from prunus.drive.signals.sources import Sources, validation_loss
+from prunus.errors import SignalError
+from prunus.kinds import (
     COACTIVATION,
     FLOW,
     GATE,
@@ -28,25 +46,7 @@ from prunus.core import (
     OUTPUT_VARIANCE,
     OUTPUT_ZEROS,
     VALIDATION_LOSS,
-    Signals,
 )
-from prunus.drive.signals.fisher import gradient_square, gradients
-from prunus.drive.signals.flow import flow
-from prunus.drive.signals.gates import gate, importance, output_sensitivity, output_taylor
-from prunus.drive.signals.gradient import gradient
-from prunus.drive.signals.hebb import coactivation
-from prunus.drive.signals.hessian import hessian, hessian_diagonal, hutchinson
-from prunus.drive.signals.hessian_gradient import hessian_gradient
-from prunus.drive.signals.inputs import gram, input_square
-from prunus.drive.signals.norms import norm_scale
-from prunus.drive.signals.outputs import (
-    output_distinctness,
-    output_magnitude,
-    output_variance,
-    output_zeros,
-)
-from prunus.drive.signals.sources import Sources, validation_loss
-from prunus.errors import SignalError
 
 COLLECTORS: dict[str, Callable[[Sources], dict[str, Tensor]]] = {
     GRADIENT: gradient,
