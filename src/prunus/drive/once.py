@@ -36,11 +36,10 @@ def prune(
 
     inputs: one example batch (SynFlow); batches and loss: calibration data for methods that read
     gradients, averaged over the batches; loss(model, batch) returns a scalar; validate: returns the
-    loss on held-out data, for schedules that adapt to it. A generator is read
-    once and kept, as later rounds need it again. sequential: prune the blocks of a deep model one
-    after the other, each on what the pruned ones before it put out; blocks and progress: see
-    `drive.prune_sequential`. Returns the masks; to go on training with them,
-    attach `methods.fixed()`. On an error the weights are as they were.
+    loss on held-out data, for schedules that adapt to it. A generator is read once and kept.
+    sequential: prune the blocks of a deep model one after the other, each on what the pruned ones
+    before it put out; blocks and progress: see `drive.prune_sequential`. Returns the masks; to go
+    on training with them, attach `methods.fixed()`. On an error the weights are as they were.
     Raises AttachError for a model whose zeros an attached sparsifier keeps, SignalError if the
     method has no end or misses a signal, TargetError, NotFiniteError.
     """
