@@ -23,6 +23,11 @@ def chosen(scores: Tensor, k: int, structure: Structure, shape: tuple[int, ...])
     return structure.expand(keep_top(scores, k), shape)
 
 
+def trivial(mask: Tensor) -> bool:
+    """Tell whether nothing goes or nothing stays, so that there is nothing to solve."""
+    return not mask.numel() or bool(mask.all()) or not bool(mask.any())
+
+
 def forced_off(scores: Tensor, k: int) -> Tensor:
     """Return bool [rows, units]: what scores -inf, but never more than has to go."""
     off = scores == float("-inf")
