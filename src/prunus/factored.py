@@ -38,7 +38,7 @@ class Kronecker:
 
     @staticmethod
     def of(w: Tensor, at: Context, damping: float) -> Kronecker:
-        """Read GRAM and OUTPUT_GRAM; w: turned. Adds sqrt(damping) * mean(diag) * I to both factors.
+        """Read GRAM and OUTPUT_GRAM; w: turned. Both factors gain sqrt(damping) * mean(diag) * I.
 
         That is the factored damping of Martens & Grosse 2015, arXiv 1503.05671, section 6.3, with
         lambda = damping * mean(diag F).
@@ -70,7 +70,8 @@ class Kronecker:
 
     def refit(self, keep: Tensor) -> Tensor:
         """Return the weights of least cost that are 0 outside of keep, bool [groups, m, n]."""
-        scale = self.g.diagonal(dim1=1, dim2=2)[:, :, None] * self.a.diagonal(dim1=1, dim2=2)[:, None]
+        outputs, inputs = (h.diagonal(dim1=1, dim2=2) for h in (self.g, self.a))
+        scale = outputs[:, :, None] * inputs[:, None]
         return solved(self.product, self.product(self.w), self.w, keep, 1 / scale)
 
 

@@ -67,6 +67,9 @@ def default_signal(kind: str, w: Tensor) -> Tensor:
         x = rng.uniform(("check signal", kind, *w.shape), (2 * size + 1, size)).double()
         matrix = x.T @ x / (2 * size + 1)
         return matrix if kind == HESSIAN else matrix[None]
+    if kind == INPUT_MEAN and columns <= 256:  # of the very inputs of the Gram matrix
+        key = ("check signal", GRAM, *w.shape)
+        return rng.uniform(key, (2 * columns + 1, columns)).double().mean(0)[None]
     if kind == INPUT_ROWS:
         return rng.uniform(("check signal", kind, *w.shape), (1, 16, columns)) - 0.3
     if kind == BIAS:

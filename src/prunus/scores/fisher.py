@@ -15,18 +15,20 @@ from prunus.sites import turned
 def kfac(damping: float = 1e-4) -> Score:
     """OBS under a Kronecker-factored Fisher matrix: w_oi^2 / (2 [A^-1]_ii [G^-1]_oo).
 
-    F = A (x) G with A = E[x x^T] of the layer's inputs and G = E[sum over positions of g g^T] of the
-    gradients by what it puts out, so that [F^-1]_(oi)(oi) = [A^-1]_ii [G^-1]_oo. damping: lambda in
-    units of mean diag F, split between the factors. Pair with solvers.kfac().
-    Source: factors Martens & Grosse 2015, arXiv 1503.05671, Grosse & Martens 2016, arXiv 1602.01407;
-    saliency Wang, Grosse, Fidler, Zhang 2019, arXiv 1905.05934 (Kron-OBS). Differs: gradients of the
-    true labels (empirical Fisher), single weights.
+    F = A (x) G with A = E[x x^T] of the layer's inputs and G = E[sum over positions of g g^T] of
+    the gradients by what it puts out, so that [F^-1]_(oi)(oi) = [A^-1]_ii [G^-1]_oo. damping:
+    lambda in units of mean diag F, split between the factors. Pair with solvers.kfac().
+    Source: factors Martens & Grosse 2015, arXiv 1503.05671; Grosse & Martens 2016, arXiv
+    1602.01407; saliency Wang, Grosse, Fidler, Zhang 2019, arXiv 1905.05934 (Kron-OBS). Differs:
+    gradients of the true labels (empirical Fisher), single weights.
     """
     quadratic.check_damping(damping)
 
     def value(w: Tensor, at: Context) -> Tensor:
         rows = turned(at.site, w)
-        return turned(at.site, Kronecker.of(rows, at, damping).saliency(at.site.name).reshape(rows.shape))
+        return turned(
+            at.site, Kronecker.of(rows, at, damping).saliency(at.site.name).reshape(rows.shape)
+        )
 
     return Score("kfac", value, frozenset({GRAM, OUTPUT_GRAM}))
 

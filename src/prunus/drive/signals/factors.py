@@ -19,7 +19,8 @@ def output_gram(sources: Sources) -> dict[str, Tensor]:
 
     g: gradient of one example's loss by one position of what the layer puts out, before norm and
     activation. The loss is taken as the mean over the examples of a batch, so that the gradient of
-    an example is the batch size times as large; axis 0 counts examples; one backward pass a batch, in eval mode.
+    an example is the batch size times as large (axis 0 of what the layer puts out counts them);
+    one backward pass a batch, in eval mode.
     """
     known = {id(sources.parameters[site.name]): site for site in sources.sites}
     made: list[tuple[Site, nn.Module, Tensor]] = []
