@@ -51,7 +51,8 @@ def _columns(values: Tensor, rows: Tensor, at: Context) -> Tensor:
     if len(rows) % groups or rows[:1].numel() not in (values.shape[1], 0):
         raise ShapeError(
             f"the input statistics of {at.site.name!r} have shape {tuple(values.shape)}, its "
-            f"weight {tuple(rows.shape)}; they are [groups, prod(shape[1:])] of the weight, outputs first"
+            f"weight {tuple(rows.shape)}; they are [groups, prod(shape[1:])] of the weight, "
+            f"outputs first"
         )
     wide = values[:, None].expand(groups, len(rows) // groups, values.shape[1])
     return wide.reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""Solvers that hand what a removed input gave to something that stays: the bias, or another input."""
+"""Solvers that hand what a removed input gave on: to the bias, or to another input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunus import quadratic
 from prunus.core import Context, Solver, Structure
 from prunus.kinds import GRAM, INPUT_MEAN
 from prunus.solvers.selection import top_k
-from prunus.solvers.units import chosen, columns_of, forced_off, trivial
+from prunus.solvers.units import chosen, columns_of, forced_off
 
 
 def fold(base: Solver | None = None) -> Solver:
@@ -78,7 +78,6 @@ def _merged(
     model: quadratic.Quadratic, units: Tensor, k: int, off: Tensor, scaled: bool
 ) -> tuple[Tensor, Tensor]:
     """Return what stays, bool [units], and the weights, [groups, outputs, columns]."""
-    groups, outputs, _ = model.w.shape
     own = model.h[:, units[:, None, :], units[None, :, :]].sum(3)  # E[x_i x_j], [groups, u, u]
     square = own.diagonal(dim1=1, dim2=2)
     if scaled:

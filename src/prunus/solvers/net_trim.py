@@ -143,7 +143,7 @@ class _Problem:
         return torch.where(self.on, out - self.y, (out + self.bias).clamp(min=0))
 
     def polished(self, mask: Tensor, steps: int) -> Tensor:
-        """Return the weights on the mask of least |violation|^2, by accelerated gradient descent."""
+        """Return the weights on the mask of least |violation|^2, by accelerated descent."""
         step = 1.0 / torch.linalg.matrix_norm(self.x, 2).square().clamp(min=1e-300)[:, None, None]
         now = ahead = self.w * mask
         momentum = 1.0
