@@ -157,7 +157,10 @@ SOLVERS = {
     "least_squares": solvers.least_squares(),
     "matrix_free_fisher": solvers.matrix_free_fisher(),
     "merge": [solvers.merge(), solvers.merge(scaled=True)],
-    "net_trim": [solvers.net_trim(), solvers.net_trim(0.1, relu=False, rounds=20)],
+    "net_trim": [
+        solvers.net_trim(rounds=2, polish=3),
+        solvers.net_trim(0.1, relu=False, rounds=5, polish=3),
+    ],
     "obs": solvers.obs(),
     "sparsegpt": [solvers.sparsegpt(), solvers.sparsegpt(block=3)],
     "pattern_library": solvers.pattern_library(2),
@@ -292,8 +295,8 @@ METHODS = {
     "matrix_free_fisher": [(methods.matrix_free_fisher(0.8), 1)],
     "fixed": [(methods.fixed(masks_of_sites()), 1)],
 }
-NOT_METHODS = {"Ticket", "lottery_ticket"}
-"""A procedure and its result; tested in tests/golden/test_golden_lottery.py."""
+NOT_METHODS = {"Rotated", "Ticket", "eigendamage", "lottery_ticket"}
+"""Procedures and their results; tested in tests/golden/test_golden_{lottery,eigendamage}.py."""
 
 
 def rows(table):

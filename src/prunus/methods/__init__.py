@@ -1,5 +1,6 @@
 """Named methods: recipes of slots, with their papers' defaults."""
 
+from prunus.drive import Rotated, eigendamage
 from prunus.methods.criteria import (
     lamp,
     movement,
@@ -68,6 +69,7 @@ from prunus.methods.rewiring import deep_rewiring
 from prunus.methods.top_kast import top_kast
 
 __all__ = [
+    "Rotated",
     "Ticket",
     "ac_dc",
     "adaptive_pruning",
@@ -80,6 +82,7 @@ __all__ = [
     "deep_rewiring",
     "dense_sparse_dense",
     "dynamic_reparameterization",
+    "eigendamage",
     "exact_obc",
     "expander",
     "fixed",
