@@ -2,8 +2,9 @@
 
 Theorem of Tanaka et al. 2020, arXiv 2006.05467: scores g w add up to the same in every layer, so
 that weights of large layers score little each, and pruning by one threshold in one go removes the
-largest layer first. SynFlow removes in many rounds, and what is left of a small layer then scores
-high. GraSP and SNIP choose once, SNIP by |g w|, GraSP by w (H g) (Wang et al. 2020).
+largest layer first. SynFlow's scores are positive and it removes in many rounds, so that what is
+left of a layer scores higher the less it is. SNIP and GraSP choose once; iterating SNIP does not
+help, as the loss of a network that is nearly cut has hardly a gradient (section 6 there).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 
 import prunus as pr
 
-WIDTHS = [32] * 9 + [256, 256] + [32] * 9 + [10]
+WIDTHS = [32] * 8 + [256, 256] + [32] * 9 + [10]
 
 
 def deep() -> nn.Sequential:
@@ -31,22 +32,27 @@ def kept(method):
     x, y = torch.randn(100, 32), torch.arange(100) % 10
     loss = lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])  # noqa: E731
     masks = pr.prune(model, method, batches=[(x, y)], loss=loss, inputs=x)
-    assert len(masks) == 21 - 1 + (len(masks) - 20)
     total = sum(mask.numel() for mask in masks.values())
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
     assert sum(counts.values()) == pytest.approx(0.001 * total, abs=1)
     return model, counts
 
 
-def test_synflow_keeps_every_layer_and_a_path_from_end_to_end():
-    model, counts = kept(pr.methods.synflow(0.999))
-    assert len(counts) == len(WIDTHS)
-    assert min(counts.values()) >= 1
-    flow = torch.ones(1, 32)
+def reach(model):
+    """What all paths of absolute weights from the inputs to the outputs add up to."""
+    flow = torch.ones(1, 32, dtype=torch.float64)
     for layer in model:
         if isinstance(layer, nn.Linear):
-            flow = flow @ layer.weight.detach().abs().T
-    assert float(flow.sum()) > 0
+            flow = flow @ layer.weight.detach().double().abs().T
+    return flow.sum()
+
+
+@pytest.mark.parametrize("rounds", [40, pytest.param(100, marks=pytest.mark.slow)])
+def test_synflow_keeps_every_layer_and_a_path_from_end_to_end(rounds):
+    model, counts = kept(pr.methods.synflow(0.999, rounds=rounds))
+    assert len(counts) == len(WIDTHS)
+    assert min(counts.values()) >= 1
+    assert float(reach(model)) > 0
 
 
 def test_synflow_in_one_round_collapses_as_the_paper_says():
@@ -54,15 +60,14 @@ def test_synflow_in_one_round_collapses_as_the_paper_says():
     assert min(counts.values()) == 0
 
 
-@pytest.mark.parametrize("method", [pr.methods.snip, pr.methods.grasp])
-def test_choosing_once_by_a_gradient_loses_the_largest_layer(method):
-    model, counts = kept(method(0.999))
+@pytest.mark.parametrize("name", ["snip", "grasp", "iterative_snip"])
+def test_what_goes_by_gradients_of_the_loss_cuts_the_network(name):
+    model, counts = kept(getattr(pr.methods, name)(0.999))
+    assert min(counts.values()) == 0
+    assert float(reach(model)) == 0.0
+
+
+def test_snip_empties_the_largest_layer():
+    model, counts = kept(pr.methods.snip(0.999))
     sizes = {name: model.get_parameter(name).numel() for name in counts}
     assert counts[max(sizes, key=sizes.get)] == 0
-
-
-def test_iterating_over_the_masked_network_keeps_more_layers_alive_than_choosing_once():
-    _, once = kept(pr.methods.snip(0.999))
-    _, rounds = kept(pr.methods.iterative_snip(0.999, rounds=60))
-    dead = lambda counts: sum(count == 0 for count in counts.values())  # noqa: E731
-    assert dead(rounds) < dead(once)
