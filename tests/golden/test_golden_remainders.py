@@ -1,4 +1,4 @@
-"""Shapes that do not divide: every structure either counts them exactly or refuses with a remedy."""
+"""Shapes that do not divide: a structure counts them exactly or refuses with a remedy."""
 
 from __future__ import annotations
 
