@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunus.runtime.candidates import run
+from prunus.runtime.epilogue import Fusing
 from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import UNTRACEABLE, activation_name, plain
-from prunus.runtime.weight import PackedWeight
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _IN_PLACE = (operator.iadd,)
@@ -30,7 +30,7 @@ _ACTIVATIONS = {
 # Modules that change nothing in inference, and those known to leave their inputs as they are.
 _TRANSPARENT = (nn.Identity, nn.Dropout)
 _PURE = (
-    *(*_TRANSPARENT, PackedWeight, nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d),
+    *(*_TRANSPARENT, Fusing, nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d),
     *(nn.BatchNorm2d, nn.GELU, nn.Tanh, nn.Sigmoid, nn.MaxPool2d, nn.AvgPool2d, nn.Embedding),
     nn.AdaptiveAvgPool2d,
 )
@@ -83,9 +83,9 @@ def _inlined(module: nn.Module) -> bool:
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of those that call packed layers, outermost first."""
     for name, module in model.named_modules():
-        if isinstance(module, (PackedWeight, nn.ModuleList, nn.ModuleDict)) or not plain(module):
+        if isinstance(module, (Fusing, nn.ModuleList, nn.ModuleDict)) or not plain(module):
             continue
-        if any(isinstance(child, PackedWeight) for child in _children(module)):
+        if any(isinstance(child, Fusing) for child in _children(module)):
             yield name, module
 
 
@@ -117,7 +117,7 @@ def _record(model: nn.Module, blocks: list[nn.Module], example: Any) -> _Calls:
         bound = inspect.signature(module.forward).bind(*args, **named).arguments
         given.add(frozenset(bound) if tensors else None)
 
-    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    packed = [module for module in model.modules() if isinstance(module, Fusing)]
     handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in (*blocks, *packed)]
     try:
         run(model, example)
@@ -176,7 +176,7 @@ class _Block:
         self.layers = [
             node
             for node in graph.nodes
-            if isinstance(module := self._module(node), PackedWeight)
+            if isinstance(module := self._module(node), Fusing)
             and uses[id(module)] == 1
             and counts[id(module)] == counts[id(block)]
             and len(node.args) == 1
@@ -189,7 +189,7 @@ class _Block:
         """Fuse what follows each layer; True if anything was."""
         for node in self.layers:
             layer = self._module(node)
-            assert isinstance(layer, PackedWeight)
+            assert isinstance(layer, Fusing)
             name = self.names[id(layer)]
             if not layer.activation and name not in self.taken:
                 self._fuse(node, name)

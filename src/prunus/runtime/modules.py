@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from prunus import kernels
 from prunus.errors import ShapeError
+from prunus.runtime.epilogue import addable
 from prunus.runtime.ops import blob_array, convolved, geometry_of, linear_rows
-from prunus.runtime.weight import PackedWeight, addable, check_blob, pack_weight
+from prunus.runtime.weight import PackedWeight, check_blob, pack_weight
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
