@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from prunus.runtime import blocks, candidates, fuse
+from prunus.runtime import blocks, candidates, fuse, siblings
 from prunus.runtime.arguments import checked
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
@@ -47,7 +48,8 @@ def compile(
     directly follows a layer is folded into it and becomes nn.Identity. A packed layer also computes
     the residual addition and then the activation (ReLU, ReLU6, GELU, SiLU) behind it; a module
     whose forward pass changes by that keeps its class but runs a traced one, for arguments as in
-    the example.
+    the example. Packed linear layers of one module that read the same tensor become one, where that
+    is faster; their outputs are views of its output.
     threads: what to measure with (None: torch.get_num_threads()).
     dtype: torch.bfloat16 also allows weights and dense layers in bfloat16, where they win.
     duplicate_weights: a layer whose fastest way differs between sizes of its input may hold its
@@ -69,42 +71,49 @@ def compile(
         plan, twins = decide(base, calls, options)
         swaps = _fused(base, example, twins, chains)
         swaps, fused = _rewritten(base, example, swaps)
+        swaps, groups = siblings.merge(base, example, swaps, fused.forwards, calls, options)
+        made = functools.partial(_made, base, swaps, fused, groups)
         if verify and swaps:
-            dense = assemble(model, {}, share=True)
-            sparse = assemble(base, swaps, fused.forwards, share=True)
-            unfused = assemble(base, {}, share=True)
+            dense, unfused = assemble(model, {}, share=True), assemble(base, {}, share=True)
             tolerance = FP32 if dtype == torch.float32 else BF16
-            expect_same(dense, sparse, twins, example, unfused, tolerance)
-        plan, form = _form(base, example, plan, swaps, fused, options)
-    swaps, fused = (swaps, fused) if form.swapped else ({}, NOTHING)
-    plan = dataclasses.replace(plan, rows=_annotated(plan.rows, chains, swaps, fused))
-    final = form.of(assemble(base, swaps, fused.forwards, share=False)).requires_grad_(False)
+            expect_same(dense, made(True), twins, example, unfused, tolerance)
+        plan, form = _form(made, example, plan, options, swaps=bool(swaps))
+    rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
+    merged = tuple(group.names for group in groups) if form.swapped else ()
+    plan = dataclasses.replace(plan, rows=rows, merged=merged)
+    final = form.of(made(form.swapped, share=False)).requires_grad_(False)
     taken = not isinstance(getattr(model, "plan", plan), Plan)
     setattr(final, "prunus_plan" if taken else "plan", plan)
     return final
 
 
-def _form(
+def _made(
     base: nn.Module,
-    example: Any,
-    plan: Plan,
     swaps: Mapping[str, nn.Module],
     fused: blocks.Fused,
-    options: Options,
+    groups: Sequence[siblings.Group],
+    swapped: bool,
+    share: bool = True,
+) -> nn.Module:
+    """The model with what was decided, or dense."""
+    if not swapped:
+        return assemble(base, {}, share=share)
+    model = assemble(base, swaps, fused.forwards, share=share)
+    siblings.install(model, groups)
+    return model
+
+
+def _form(
+    made: Callable[[bool], nn.Module], example: Any, plan: Plan, options: Options, *, swaps: bool
 ) -> tuple[Plan, Form]:
     """The form to take: by the clock, by an older plan, or as the caller chose the layers."""
     half = options.dtype == torch.bfloat16
     if options.choose is None:
-
-        def build(swapped: bool) -> nn.Module:
-            chosen = (swaps, fused.forwards) if swapped else ({}, {})
-            return assemble(base, *chosen, share=True)
-
-        return whole(build, example, plan, swaps=bool(swaps), half=half)
+        return whole(made, example, plan, swaps=swaps, half=half)
     old = options.replayed
     if old is None:
-        return plan, Form(bool(swaps))
-    form = Form(bool(swaps), half and old.dtype == "bfloat16", bool(old.layout))
+        return plan, Form(swaps)
+    form = Form(swaps, half and old.dtype == "bfloat16", bool(old.layout))
     dtype = "bfloat16" if form.half else "float32"
     return dataclasses.replace(plan, layout=old.layout, dtype=dtype), form
 
@@ -150,7 +159,7 @@ def _rewritten(
         return swaps, NOTHING
     found = dict(swaps)
     for name, activation in fused.activations.items():
-        layer = swaps[name]
+        layer = swaps.get(name, model.get_submodule(name))
         if isinstance(layer, Fusing):
             found[name] = layer.with_activation(activation)
     forms = (assemble(model, swaps, share=True), assemble(model, found, fused.forwards, share=True))
