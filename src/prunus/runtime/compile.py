@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -71,35 +71,28 @@ def compile(
         plan, twins = decide(base, calls, options)
         swaps = _fused(base, example, twins, chains)
         swaps, fused = _rewritten(base, example, swaps)
-        swaps, groups = siblings.merge(base, example, swaps, fused.forwards, calls, options)
-        made = functools.partial(_made, base, swaps, fused, groups)
+        merged = siblings.merge(base, example, swaps, fused.forwards, calls, options)
+        made = functools.partial(_made, base, merged)
         if verify and swaps:
             dense, unfused = assemble(model, {}, share=True), assemble(base, {}, share=True)
             tolerance = FP32 if dtype == torch.float32 else BF16
             expect_same(dense, made(True), twins, example, unfused, tolerance)
         plan, form = _form(made, example, plan, options, swaps=bool(swaps))
     rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
-    merged = tuple(group.names for group in groups) if form.swapped else ()
-    plan = dataclasses.replace(plan, rows=rows, merged=merged)
+    names = tuple(group.names for group in merged.groups) if form.swapped else ()
+    plan = dataclasses.replace(plan, rows=rows, merged=names)
     final = form.of(made(form.swapped, share=False)).requires_grad_(False)
     taken = not isinstance(getattr(model, "plan", plan), Plan)
     setattr(final, "prunus_plan" if taken else "plan", plan)
     return final
 
 
-def _made(
-    base: nn.Module,
-    swaps: Mapping[str, nn.Module],
-    fused: blocks.Fused,
-    groups: Sequence[siblings.Group],
-    swapped: bool,
-    share: bool = True,
-) -> nn.Module:
+def _made(base: nn.Module, merged: siblings.Merged, swapped: bool, share: bool = True) -> nn.Module:
     """The model with what was decided, or dense."""
     if not swapped:
         return assemble(base, {}, share=share)
-    model = assemble(base, swaps, fused.forwards, share=share)
-    siblings.install(model, groups)
+    model = assemble(base, merged.swaps, merged.forwards, share=share)
+    merged.install(model)
     return model
 
 

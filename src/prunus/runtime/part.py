@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import threading
 from typing import Any, cast
 
@@ -10,27 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import ShapeError
+from prunus.runtime.forward import state_of
 from prunus.runtime.modules import SparseLinear
 
 
-@dataclasses.dataclass
 class _Frame:
     """One call of the parent: the input that was multiplied last, and whose rows are waiting."""
 
-    x: Tensor | None = None
-    facts: tuple[Any, ...] = ()
-    rows: list[Tensor | None] = dataclasses.field(default_factory=list)
+    __slots__ = ("facts", "rows", "waiting", "x")
 
-    def take(self, number: int, x: Tensor, merged: SparseLinear, sizes: list[int]) -> Tensor:
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.facts: tuple[Any, ...] = ()
+        self.rows: list[Tensor | None] = []
+        self.waiting = 0
+
+    def take(
+        self, number: int, x: Tensor, facts: tuple[Any, ...], merged: SparseLinear, sizes: list[int]
+    ) -> Tensor:
         """The rows of one part; computed for all parts unless they are waiting for this input."""
-        facts = _facts(x)
         found = self.rows[number] if self.x is x and self.facts == facts else None
         if found is None:
-            rows: list[Tensor | None] = list(merged(x).split(sizes, -1))
-            self.x, self.facts, self.rows = x, facts, rows
-            found = rows[number]
+            self.rows = list(merged(x).split(sizes, -1))
+            self.x, self.facts, self.waiting = x, facts, len(sizes)
+            found = self.rows[number]
         self.rows[number] = None  # whoever asks again gets a product of his own
-        if all(row is None for row in self.rows):
+        self.waiting -= 1
+        if not self.waiting:
             self.x = None
         return cast(Tensor, found)
 
@@ -40,10 +46,15 @@ def _facts(x: Tensor) -> tuple[Any, ...]:
 
     An inference tensor counts no versions; see `Meeting`.
     """
-    if torch.compiler.is_compiling():
-        return ()
     version = -1 if x.is_inference() else x._version
     return version, x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+class _Calls(threading.local):
+    """The running calls of a parent in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
 
 
 class Meeting:
@@ -55,52 +66,15 @@ class Meeting:
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
-        self.traced: list[_Frame] = []  # instead of the thread's own, which tracers cannot follow
+        self.calls = _Calls()
+        self.traced: list[_Frame] = []  # for torch.compile and export, which follow plain lists
 
-    def _frames(self) -> list[_Frame]:
-        """The calls of the parent that are running, innermost last."""
-        if torch.compiler.is_compiling():
-            return self.traced
-        frames = getattr(self._local, "frames", None)
-        if frames is None:
-            frames = self._local.frames = []
-        return frames
-
-    def enter(self) -> None:
-        """The parent begins."""
-        self._frames().append(_Frame())
-
-    def leave(self) -> None:
-        """The parent ends, by an exception perhaps."""
-        frames = self._frames()
-        if frames:
-            frames.pop()
-
-    def frame(self) -> _Frame | None:
-        """The call that is running in this thread, if there is one."""
-        frames = self._frames()
-        return frames[-1] if frames else None
+    def frames(self) -> list[_Frame]:
+        """The running calls of the parent, innermost last."""
+        return self.traced if torch.compiler.is_compiling() else self.calls.frames
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Meeting, ()
-
-
-class Enter:
-    """Forward pre-hook of the parent."""
-
-    def __init__(self, meeting: Meeting) -> None:
-        self.meeting = meeting
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.meeting.enter()
-
-
-class Leave(Enter):
-    """Forward hook of the parent."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
-        self.meeting.leave()
 
 
 class LinearPart(nn.Module):
@@ -144,10 +118,13 @@ class LinearPart(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """As SparseLinear."""
-        frame = self.meeting.frame()
-        if frame is None:
+        compiling = torch.compiler.is_compiling()
+        frames = self.meeting.traced if compiling else self.meeting.calls.frames
+        if not frames:
             return self.whole(input).narrow(-1, self.start, self.out_features)
-        return frame.take(self.number, input, self.whole, self.sizes)
+        # Tracers see every write, but know no versions.
+        facts = () if compiling else _facts(input)
+        return frames[-1].take(self.number, input, facts, self.whole, self.sizes)
 
     def extra_repr(self) -> str:
         """Sizes and place."""
@@ -162,6 +139,39 @@ def split(merged: SparseLinear, sizes: list[int]) -> list[LinearPart]:
 
 
 def install(parent: nn.Module, part: LinearPart) -> None:
-    """Let the parts in a parent share within each of its calls."""
-    parent.register_forward_pre_hook(Enter(part.meeting), prepend=True)
-    parent.register_forward_hook(Leave(part.meeting), always_call=True)
+    """Let the parts in a parent share within each of its calls; its class gains a scope."""
+    held = vars(parent).get("prunus_meetings")
+    if held is None:
+        parent.__class__ = _scoped(type(parent))
+    vars(parent)["prunus_meetings"] = (*(held or ()), part.meeting)
+
+
+@functools.cache
+def _scoped(base: type[nn.Module]) -> type[nn.Module]:
+    """The class `base` with a forward pass that opens and closes the meetings of its parts."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **named: Any) -> Any:
+        opened = [meeting.frames() for meeting in self.prunus_meetings]
+        for frames in opened:
+            frames.append(_Frame())
+        try:
+            return base.forward(self, *args, **named)
+        finally:
+            for frames in opened:
+                frames.pop()
+
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": lambda module, _: (_revived, (base,), state_of(module)),
+        "forward": forward,
+    }
+    return cast("type[nn.Module]", type(base.__name__, (base,), members))
+
+
+def _revived(base: type[nn.Module]) -> nn.Module:
+    """An empty instance, to be filled with its state."""
+    made = _scoped(base)
+    return cast(nn.Module, made.__new__(made))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from prunus.runtime import cache, candidates, part
+from prunus.runtime import blocks, cache, candidates, part
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
 from prunus.runtime.decide import LAYER_BUDGET, Options, bound, bucket_of, environment, rows_of
 from prunus.runtime.forward import Forward
+from prunus.runtime.fuse import plain
 from prunus.runtime.measure import interleaved
 from prunus.runtime.modules import SparseLinear
 from prunus.runtime.verify import difference
@@ -30,6 +33,27 @@ class Group(NamedTuple):
     names: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What is merged, and how: by new forward passes of parents, or by scopes around the old ones.
+
+    swaps: {name: part} and all other twins. scoped: those whose parent cannot be traced, so that
+    its parts have to find each other while it runs.
+    """
+
+    swaps: dict[str, nn.Module]
+    forwards: dict[str, Forward]
+    groups: tuple[Group, ...] = ()
+    scoped: tuple[Group, ...] = ()
+
+    def install(self, model: nn.Module) -> None:
+        """Put the scopes around the parents of an assembled model."""
+        for group in self.scoped:
+            first = model.get_submodule(group.names[0])
+            assert isinstance(first, part.LinearPart)
+            part.install(model.get_submodule(group.parent), first)
+
+
 def merge(
     base: nn.Module,
     example: Any,
@@ -37,46 +61,80 @@ def merge(
     forwards: Mapping[str, Forward],
     calls: Calls,
     options: Options,
-) -> tuple[dict[str, nn.Module], list[Group]]:
-    """The swaps with parts in place of siblings that are faster together, and their groups.
+) -> Merged:
+    """The swaps with parts in place of siblings that are faster together.
 
     Found by watching a forward pass, so that models which cannot be traced gain too. Layers with a
     fused activation or addition stay apart. An older plan's groups are taken without the clock.
     """
-    old = options.replayed
+    apart, old = Merged(dict(swaps), dict(forwards)), options.replayed
     if options.choose is not None and old is None:
-        return dict(swaps), []
+        return apart
     model = assemble(base, swaps, forwards, share=True)
-    kept = [
-        group
-        for group in groups(model, example)
-        if all(name in swaps and _mergeable(swaps[name]) for name in group.names)
-        and (
-            _faster(group, swaps, calls, options.threads)
-            if old is None
-            else group.names in old.merged
+    found = [group for group in groups(model, example) if set(group.names) <= set(swaps)]
+    if old is not None:
+        found = [group for group in found if group.names in old.merged]
+    if not found:
+        return apart
+    graphs = _graphs(model, example, {group.parent for group in found})
+    merged = apart
+    for group in found:
+        parts = parts_of([swaps[name] for name in group.names])
+        graph = graphs.get(group.parent)
+        joined = graph is not None and join(graph, model.get_submodule(group.parent), group, parts)
+        usable = joined or group.parent not in merged.forwards
+        if not usable or not (old or _faster(group, swaps, calls, options.threads, joined)):
+            graphs.pop(group.parent, None)  # it may be joined already
+            continue
+        rewritten = {group.parent: Forward.of(graph)} if graph is not None and joined else {}
+        merged = dataclasses.replace(
+            merged,
+            swaps=merged.swaps | dict(zip(group.names, parts, strict=True)),
+            forwards=merged.forwards | rewritten,
+            groups=(*merged.groups, group),
+            scoped=merged.scoped if joined else (*merged.scoped, group),
         )
-    ]
-    if not kept:
-        return dict(swaps), []
-    found = dict(swaps)
-    for group in kept:
-        found |= zip(group.names, parts_of([swaps[name] for name in group.names]), strict=True)
-    shared = assemble(base, found, forwards, share=True)
-    install(shared, kept)
-    return (found, kept) if _agree(model, shared, example) else (dict(swaps), [])
+    shared = assemble(base, merged.swaps, merged.forwards, share=True)
+    merged.install(shared)
+    return merged if _agree(model, shared, example) else apart
 
 
-def install(model: nn.Module, merged: Sequence[Group]) -> None:
-    """Let the parts of each group share within the calls of their parent."""
-    for group in merged:
-        first = model.get_submodule(group.names[0])
-        assert isinstance(first, part.LinearPart)
-        part.install(model.get_submodule(group.parent), first)
+def _graphs(model: nn.Module, example: Any, parents: set[str]) -> dict[str, fx.Graph]:
+    """{parent: the graph of its forward pass} of those that can be traced."""
+    modules = {name: model.get_submodule(name) for name in parents}
+    seen = blocks.record_calls(model, list(modules.values()), example)
+    graphs = {name: blocks.trace(module, seen) for name, module in modules.items() if plain(module)}
+    return {name: graph for name, graph in graphs.items() if graph is not None}
+
+
+def join(
+    graph: fx.Graph, parent: nn.Module, group: Group, parts: Sequence[part.LinearPart]
+) -> bool:
+    """Put one call in place of those of the group's layers; False if that would not be the same."""
+    targets = [name.rpartition(".")[2] for name in group.names]
+    nodes = [node for node in graph.nodes if node.op == "call_module" and node.target in targets]
+    same = [(node.args, node.kwargs) == (nodes[0].args, {}) for node in nodes]
+    if sorted(str(node.target) for node in nodes) != sorted(targets) or not all(same):
+        return False
+    node = nodes[0].next
+    while node is not nodes[-1]:
+        module = parent.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not blocks.pure(node, module):
+            return False
+        node = node.next
+    with graph.inserting_before(nodes[0]):
+        whole = graph.call_module(f"{targets[0]}.merged", nodes[0].args)
+        rows = graph.call_method("split", (whole, list(parts[0].sizes), -1))
+        taken = [graph.call_function(operator.getitem, (rows, i)) for i in range(len(targets))]
+    for node in nodes:
+        node.replace_all_uses_with(taken[targets.index(str(node.target))])
+        graph.erase_node(node)
+    graph.lint()
+    return True
 
 
 def groups(model: nn.Module, example: Any) -> list[Group]:
-    """Packed linear layers that read one tensor in every call of their parent, each of them once."""
+    """Packed linear layers that, in every call of their parent, read one tensor once each."""
     children: dict[str, list[str]] = defaultdict(list)
     everywhere = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
     for name, module in model.named_modules():
@@ -165,15 +223,36 @@ class _Family(nn.Module):
     def __init__(self, children: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(children)
-        if isinstance(children[0], part.LinearPart):
-            part.install(self, children[0])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The outputs of all."""
         return [layer(x) for layer in self.layers]
 
 
-def _faster(group: Group, swaps: Mapping[str, nn.Module], calls: Calls, threads: int) -> bool:
+class _Joined(nn.Module):
+    """A parent with one call in place of those of its children."""
+
+    def __init__(self, first: part.LinearPart) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The outputs of all."""
+        return list(self.first.whole(x).split(self.first.sizes, -1))
+
+
+def _families(layers: Sequence[nn.Module], joined: bool) -> dict[str, nn.Module]:
+    """The layers apart and merged, as they will be called."""
+    parts = parts_of(layers)
+    merged = _Joined(parts[0]) if joined else _Family(parts)
+    if not joined:
+        part.install(merged, parts[0])
+    return {APART: _Family(layers), MERGED: merged}
+
+
+def _faster(
+    group: Group, swaps: Mapping[str, nn.Module], calls: Calls, threads: int, joined: bool
+) -> bool:
     """Whether the merged layer wins on the inputs of the group, by the disk or the clock."""
     layers = [swaps[name] for name in group.names]
     families: dict[str, nn.Module] = {}
@@ -181,13 +260,13 @@ def _faster(group: Group, swaps: Mapping[str, nn.Module], calls: Calls, threads:
     for call, count in calls[group.names[0]].items():
         key = {
             **environment(threads),
-            "kind": "siblings",
+            "kind": "joined siblings" if joined else "siblings",
             "input": [bucket_of(rows_of("linear", call.shape)), call.layout()],
             "layers": [_facts(layer) for layer in layers],
         }
         seconds = cache.get(key, frozenset(totals))
         if seconds is None:
-            families = families or {MERGED: _Family(parts_of(layers)), APART: _Family(layers)}
+            families = families or _families(layers, joined)
             x = call.sample()
             runs = {name: bound(family, x) for name, family in families.items()}
             seconds = interleaved(runs, budget=LAYER_BUDGET)
