@@ -51,6 +51,10 @@ class DisagreementError(PrunusError, RuntimeError):
     """Ranks of a distributed run hold different masks."""
 
 
+class MissingFileError(PrunusError, FileNotFoundError):
+    """A file or folder that was named does not exist."""
+
+
 class FormatError(PrunusError, ValueError):
     """A packed file or buffer is truncated, corrupt, hostile, or of an unknown version."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import ShapeError, ValueRangeError
+from prunus.errors import PrunusError, ShapeError, ValueRangeError
 from prunus.runtime.decide import Options
 
 ALLOWED = (torch.float32, torch.bfloat16)
@@ -40,8 +42,7 @@ def checked(model: Any, example: Any, threads: Any, options: Options) -> Options
 
 def _expect_model(model: Any) -> None:
     """A module whose parameters hold data."""
-    if not isinstance(model, nn.Module):
-        raise ValueRangeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    expect_module(model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise ShapeError(f"{name!r} has no shape yet; run one batch through the model first")
@@ -67,3 +68,31 @@ def _expect_example(example: Any) -> None:
                 f"example_inputs holds a {type(one).__name__}, expected a tensor, a tuple of "
                 f"positional or a mapping of named inputs"
             )
+
+
+@contextlib.contextmanager
+def taking_examples() -> Iterator[None]:
+    """ValueRangeError, with what the model raised as its cause, if it does not run."""
+    try:
+        yield
+    except PrunusError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueRangeError(
+            f"the model does not take example_inputs: {type(e).__name__}: {e}. Give a tensor, a "
+            f"tuple of positional or a mapping of named inputs, or a list of several examples"
+        ) from e
+
+
+def expect_path(path: Any) -> None:
+    """ValueRangeError for what is no path of a file."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueRangeError(f"path is {path!r}, expected a string or a path")
+    if os.path.isdir(path):
+        raise ValueRangeError(f"{os.fspath(path)} is a folder; name a file in it")
+
+
+def expect_module(model: Any) -> None:
+    """ValueRangeError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise ValueRangeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunus.runtime import blocks, candidates, fuse, siblings
-from prunus.runtime.arguments import checked
+from prunus.runtime.arguments import checked, taking_examples
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
 from prunus.runtime.decide import Choose, Options, decide
@@ -65,7 +65,7 @@ def compile(
     options = checked(model, example_inputs, threads, options)
     model, example = unwrap(model), candidates.several(example_inputs)
     with thread_count(options.threads), torch.no_grad():
-        with same_randomness():
+        with same_randomness(), taking_examples():
             calls = candidates.record(assemble(model, {}, share=True), example)
         base, chains = _folded(model, example, calls)
         plan, twins = decide(base, calls, options)

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from prunus import formats
 from prunus.drive import attached
-from prunus.errors import FormatError, ShapeError
+from prunus.errors import FormatError, MissingFileError, ShapeError
+from prunus.runtime.arguments import expect_module, expect_path
 from prunus.runtime.weight import PackedWeight
 from prunus.sites import unwrap
 
@@ -72,6 +74,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: str = "auto"
     torch.compile) are looked through; tied tensors are stored once. -0.0 comes back as +0.0.
     Warns while an attached schedule is unfinished; FormatError for what is not a plain tensor.
     """
+    expect_module(model)
+    expect_path(path)
+    if not Path(path).absolute().parent.is_dir():
+        raise MissingFileError(f"{os.fspath(path)}: there is no such folder; create it first")
     model = unwrap(model)
     _warn_if_unfinished(model)
     state = plain_names(model.state_dict())
@@ -105,6 +111,11 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None):
     Strict: FormatError lists missing and unexpected tensors, ShapeError lists differing shapes; the
     model is unchanged unless everything fits. Packed weights of compiled models are validated.
     """
+    expect_path(path)
+    if model is not None:
+        expect_module(model)
+    if not Path(path).exists():
+        raise MissingFileError(f"{os.fspath(path)}: there is no such file")
     entries, meta = formats.read(path)
     state = _state(path, entries, meta)
     if model is None:
