@@ -374,14 +374,14 @@ class Attached:
     # --- checkpoints --------------------------------------------------------------------------
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict["param_groups"][0][KEY] = to_blob(self.state)
+        state_dict["param_groups"][0][KEY] = to_blob(self.state, repr(self.sparsifier))
 
     def _load(self, optimizer: Optimizer) -> None:
         blob = optimizer.param_groups[0].pop(KEY, None)
         self._restore(to_blob(self.state) if blob is None else blob)
 
     def _restore(self, blob: dict[str, Any]) -> None:
-        state = from_blob(blob, self.sites)
+        state = from_blob(blob, self.sites, repr(self.sparsifier))
         if not same_method(state, self.state):
             raise AttachError(
                 f"the checkpoint was made with another combination of methods than "
