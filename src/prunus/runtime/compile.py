@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from prunus.runtime.epilogue import Fusing
 from prunus.runtime.measure import thread_count
 from prunus.runtime.plan import Plan, Row
 from prunus.runtime.verify import BF16, FP32, difference, expect_same, same_randomness
-from prunus.runtime.whole import Form, whole
+from prunus.runtime.whole import Build, Form, whole
 from prunus.sites import unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -72,41 +72,50 @@ def compile(
         swaps = _fused(base, example, twins, chains)
         swaps, fused = _rewritten(base, example, swaps)
         merged = siblings.merge(base, example, swaps, fused.forwards, calls, options)
-        made = functools.partial(_made, base, merged)
+        apart = siblings.Merged(swaps, fused.forwards)
+        made = functools.partial(_made, base, apart, merged)
         if verify and swaps:
             dense, unfused = assemble(model, {}, share=True), assemble(base, {}, share=True)
             tolerance = FP32 if dtype == torch.float32 else BF16
-            expect_same(dense, made(True), twins, example, unfused, tolerance)
-        plan, form = _form(made, example, plan, options, swaps=bool(swaps))
+            sparse = made(Form(True, merged=True))
+            expect_same(dense, sparse, twins, example, unfused, tolerance)
+        plan, form = _form(made, example, plan, options, bool(swaps), bool(merged.groups))
     rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
-    names = tuple(group.names for group in merged.groups) if form.swapped else ()
+    names = tuple(group.names for group in merged.groups) if form.merged else ()
     plan = dataclasses.replace(plan, rows=rows, merged=names)
-    final = form.of(made(form.swapped, share=False)).requires_grad_(False)
+    final = form.of(made(form, share=False)).requires_grad_(False)
     taken = not isinstance(getattr(model, "plan", plan), Plan)
     setattr(final, "prunus_plan" if taken else "plan", plan)
     return final
 
 
-def _made(base: nn.Module, merged: siblings.Merged, swapped: bool, share: bool = True) -> nn.Module:
-    """The model with what was decided, or dense."""
-    if not swapped:
+def _made(
+    base: nn.Module,
+    apart: siblings.Merged,
+    merged: siblings.Merged,
+    form: Form,
+    share: bool = True,
+) -> nn.Module:
+    """The model with what was decided, or dense; not yet in the form's dtype and layout."""
+    if not form.swapped:
         return assemble(base, {}, share=share)
-    model = assemble(base, merged.swaps, merged.forwards, share=share)
-    merged.install(model)
+    taken = merged if form.merged else apart
+    model = assemble(base, taken.swaps, taken.forwards, share=share)
+    taken.install(model)
     return model
 
 
 def _form(
-    made: Callable[[bool], nn.Module], example: Any, plan: Plan, options: Options, *, swaps: bool
+    made: Build, example: Any, plan: Plan, options: Options, swaps: bool, merges: bool
 ) -> tuple[Plan, Form]:
     """The form to take: by the clock, by an older plan, or as the caller chose the layers."""
     half = options.dtype == torch.bfloat16
     if options.choose is None:
-        return whole(made, example, plan, swaps=swaps, half=half)
+        return whole(made, example, plan, swaps=swaps, merges=merges, half=half)
     old = options.replayed
     if old is None:
         return plan, Form(swaps)
-    form = Form(swaps, half and old.dtype == "bfloat16", bool(old.layout))
+    form = Form(swaps, half and old.dtype == "bfloat16", bool(old.layout), merges)
     dtype = "bfloat16" if form.half else "float32"
     return dataclasses.replace(plan, layout=old.layout, dtype=dtype), form
 

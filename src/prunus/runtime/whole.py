@@ -26,10 +26,12 @@ class Form:
     swapped: bool
     half: bool = False
     last: bool = False
+    merged: bool = False
 
     def __str__(self) -> str:
         """For instance "sparse bf16 channels_last"; the dense ones begin with "dense"."""
-        words = ["sparse" if self.swapped else "dense", "bf16" * self.half, LAST * self.last]
+        kind = "sparse" if self.swapped else "dense"
+        words = [kind, "merged" * self.merged, "bf16" * self.half, LAST * self.last]
         return " ".join(word for word in words if word)
 
     def of(self, model: nn.Module) -> nn.Module:
@@ -38,27 +40,32 @@ class Form:
         return in_channels_last(model) if self.last else model
 
 
-Build = Callable[[bool], nn.Module]
-"""The model with the swaps of the plan, or without."""
+Build = Callable[[Form], nn.Module]
+"""The model with the swaps of the plan, siblings merged or not, or without; fp32, contiguous."""
 
 
-def whole(build: Build, example: Any, plan: Plan, *, swaps: bool, half: bool) -> tuple[Plan, Form]:
+def whole(
+    build: Build, example: Any, plan: Plan, *, swaps: bool, merges: bool, half: bool
+) -> tuple[Plan, Form]:
     """The plan with the times of the whole, and the form to take.
 
-    swaps: whether any layer runs in another way. half: whether bfloat16 is allowed.
+    swaps: whether any layer runs in another way. merges: whether siblings may be merged; what reads
+    their outputs may be slower on views, so that the whole decides. half: whether bfloat16 is
+    allowed.
     """
     images = any(row.kind == "conv2d" for row in plan.rows)
     forms = [
-        Form(swapped, narrow, last)
+        Form(swapped, narrow, last, merged)
         for swapped in ((False, True) if swaps else (False,))
+        for merged in ((False, True) if merges and swapped else (False,))
         for narrow in ((False, True) if half else (False,))
         for last in ((False, True) if images else (False,))
     ]
     if len(forms) == 1:
         return plan, forms[0]
-    models = {form: form.of(build(form.swapped)) for form in forms}
+    models = {form: form.of(build(form)) for form in forms}
     if half:
-        exact = build(False)
+        exact = build(Form(False))
         for form in [form for form in forms if form.half]:
             if difference(exact, models[form], example, BF16) is not None:
                 del models[form]  # bfloat16 is too coarse for this model
