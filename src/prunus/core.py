@@ -38,6 +38,14 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     return float(sparsity)
 
 
+def check_steps(**steps: int) -> None:
+    """Raise ValueRangeError unless each is a whole number of optimizer steps, 0 or more."""
+    for name, value in steps.items():
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (real and value >= 0 and value != float("inf") and value == int(value)):
+            raise ValueRangeError(f"{name} counts optimizer steps and cannot be {value!r}")
+
+
 # --- what is sparse ---------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunus import allocations, schedules, scores
 from prunus.compose import compose
-from prunus.core import Allocation, Sparsifier, Structure
+from prunus.core import Allocation, Sparsifier, Structure, check_steps
 from prunus.errors import ValueRangeError
 
 
@@ -45,6 +45,7 @@ def gradual_magnitude(
     steps (the rest trains the final mask), about 100 updates; element, uniform.
     Source: Zhu & Gupta 2017, arXiv 1710.01878. Differs: what is off stays off.
     """
+    check_steps(steps=steps)
     if steps < 1:
         raise ValueRangeError(f"steps is the length of the training, at least 1, got {steps}")
     begin = steps // 10 if begin is None else begin

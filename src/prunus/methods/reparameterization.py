@@ -20,6 +20,7 @@ from prunus.core import (
     Update,
     Weights,
     check_sparsity,
+    check_steps,
 )
 
 _THRESHOLD = "reparameterization threshold"
@@ -44,6 +45,7 @@ def dynamic_reparameterization(
     Source: Mostafa & Wang 2019, arXiv 1902.05967, algorithm 1.
     Differs: N is a fraction, not a number; what was dropped in a move is not grown in it.
     """
+    check_steps(steps=steps)
     check_sparsity(sparsity)
     check_sparsity(fraction, "the fraction dropped")
     schedule = schedules.constant(sparsity, every, steps)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunus import allocations, rng, schedules, scores, select
 from prunus.compose import compose
-from prunus.core import Allocation, Signals, Site, Sparsifier, State, Update, Weights
+from prunus.core import Allocation, Signals, Site, Sparsifier, State, Update, Weights, check_steps
 
 
 def deep_rewiring(
@@ -31,6 +31,7 @@ def deep_rewiring(
     lr: the optimizer's; temperature: None is lr l1^2 / 18. Default: er, for the first mask.
     Source: Bellec, Kappel, Maass, Legenstein 2018, arXiv 1711.05136, algorithm 1.
     """
+    check_steps(steps=steps)
     heat = lr * l1**2 / 18 if temperature is None else temperature
     walk = (lr * l1, math.sqrt(2 * lr * heat))
     first = compose(
