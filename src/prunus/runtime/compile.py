@@ -75,10 +75,9 @@ def compile(
         apart = siblings.Merged(swaps, fused.forwards)
         made = functools.partial(_made, base, apart, merged)
         if verify and swaps:
-            dense, unfused = assemble(model, {}, share=True), assemble(base, {}, share=True)
+            forms = (assemble(model, {}, share=True), made(Form(True, merged=True)))
             tolerance = FP32 if dtype == torch.float32 else BF16
-            sparse = made(Form(True, merged=True))
-            expect_same(dense, sparse, twins, example, unfused, tolerance)
+            expect_same(*forms, twins, example, assemble(base, {}, share=True), tolerance)
         plan, form = _form(made, example, plan, options, bool(swaps), bool(merged.groups))
     rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
     names = tuple(group.names for group in merged.groups) if form.merged else ()
