@@ -220,6 +220,18 @@ METHODS = {
         (methods.dynamic_reparameterization(0.8, 40, every=5, threshold=0.1), 1),
         (methods.dynamic_reparameterization(0.3, 40, every=2, threshold=0.3), 1),
     ],
+    "dynamic_surgery": [
+        (methods.dynamic_surgery(0.8, 40), 1),
+        (methods.dynamic_surgery(0.6, 40, every=5, allocation=allocations.global_()), 1),
+    ],
+    "feedback": [
+        (methods.feedback(0.9, 40, every=4), 1),
+        (methods.feedback(0.8, 40, begin=5, every=3, structure=BLOCK), 4),
+    ],
+    "neural_wirings": [
+        (methods.neural_wirings(0.8, 30), 1),
+        (methods.neural_wirings(0.5, 30, structure=structures.n_of_m(2, 4)), 144),
+    ],
     "deep_rewiring": [
         (methods.deep_rewiring(0.8, 40, lr=0.1, l1=0.5), 1),
         (methods.deep_rewiring(0.5, 40, lr=0.1, temperature=0.02), 1),

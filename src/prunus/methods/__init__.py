@@ -7,6 +7,7 @@ from prunus.methods.criteria import (
     total_change,
 )
 from prunus.methods.dynamic import granet, itop, mest, nest, rigl, set_, sparse_momentum
+from prunus.methods.feedback import feedback, neural_wirings
 from prunus.methods.fixed import fixed
 from prunus.methods.initialization import (
     expander,
@@ -55,6 +56,7 @@ from prunus.methods.pruning import (
 )
 from prunus.methods.reparameterization import dynamic_reparameterization
 from prunus.methods.rewiring import deep_rewiring
+from prunus.methods.surgery import dynamic_surgery
 from prunus.methods.top_kast import top_kast
 
 __all__ = [
@@ -69,8 +71,10 @@ __all__ = [
     "deep_rewiring",
     "dense_sparse_dense",
     "dynamic_reparameterization",
+    "dynamic_surgery",
     "exact_obc",
     "expander",
+    "feedback",
     "fixed",
     "force",
     "geometric_median",
@@ -88,6 +92,7 @@ __all__ = [
     "mest",
     "movement",
     "nest",
+    "neural_wirings",
     "nisp",
     "obd",
     "obs",
