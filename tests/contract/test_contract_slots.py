@@ -266,8 +266,15 @@ METHODS = {
     ],
     "fixed": [(methods.fixed(masks_of_sites()), 1)],
 }
-NOT_METHODS = {"Ticket", "lottery_ticket"}
-"""A procedure and its result; tested in tests/golden/test_golden_lottery.py."""
+NOT_METHODS = {
+    "EarlyBird",
+    "Loop",
+    "Ticket",
+    "early_bird",
+    "lottery_ticket",
+    "train_prune_finetune",
+}
+"""Procedures and what belongs to them; tested in tests/golden/test_golden_procedures.py."""
 
 
 def rows(table):
