@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from prunus import select, sites
 from prunus.core import Masks, check_sparsity
+from prunus.drive.progress import Progress, shown
 from prunus.drive.signals import Sources, collect
 from prunus.errors import ValueRangeError
 from prunus.kinds import NORM_SCALE
 from prunus.methods.loop import Loop
-from prunus.methods.rounds import Book, Progress, Train, shown
+from prunus.methods.rounds import Book, Train
 
 
 @dataclass(frozen=True)

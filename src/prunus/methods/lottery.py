@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from prunus import allocations, schedules, scores, sites
 from prunus.compose import compose
 from prunus.core import Allocation, Score, Solver, Structure
+from prunus.drive.progress import Progress
 from prunus.drive.signals import Loss
 from prunus.errors import ValueRangeError
-from prunus.methods.rounds import Data, Progress, Rounds, Ticket, Train
+from prunus.methods.rounds import Data, Rounds, Ticket, Train
 
 Way = Literal["weights", "learning_rate", "fine_tune"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from prunus import sites
 from prunus.core import Masks, Sparsifier, State
 from prunus.drive import attach
 from prunus.drive.checkpoint import from_blob, to_blob
+from prunus.drive.progress import Progress, shown
 from prunus.drive.records import random_state, read_record, set_random_state, write_record
 from prunus.drive.signals import Loss, Sources, collect
 from prunus.errors import ValueRangeError
@@ -26,9 +26,6 @@ from prunus.methods.loop import Loop
 
 Train = Callable[[nn.Module, Optimizer, int], Any]
 """(model, optimizer, first step) -> anything; trains to the end."""
-
-Progress = Callable[[int, int, str], None]
-"""(rounds done, rounds in all, what happened)."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +92,6 @@ class Book:
 
     def _generators(self) -> list[torch.Generator]:
         return self.train.generators() if isinstance(self.train, Loop) else []
-
-
-def shown(progress: Progress | bool | None, name: str) -> Progress:
-    """Return what shows progress: the given function, or lines on a terminal (True: anywhere)."""
-    if callable(progress):
-        return progress
-    if progress is False or (progress is None and not sys.stderr.isatty()):
-        return lambda done, total, text: None
-    return lambda done, total, text: print(f"{name} {done}/{total}: {text}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
