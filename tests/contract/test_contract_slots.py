@@ -70,6 +70,13 @@ ALLOCATIONS = {
         allocations.by_sensitivity({"*": {0.0: 0.1, 0.5: 0.2, 1.0: 3.0}}),
         allocations.by_sensitivity({"a.weight": {0.3: 0.1, 0.9: 0.1}, "*": {0.8: 2.0, 0.99: 1.0}}),
     ],
+    "budget": [
+        allocations.budget(allocations.erk(), 100),
+        allocations.budget(
+            allocations.by_flops(allocations.uniform(), {"c.*": 32.0, "*": 2.0}), 99
+        ),
+        allocations.budget(allocations.by_bytes(allocations.floor(allocations.global_())), 500),
+    ],
     "by_flops": [
         allocations.by_flops(allocations.uniform(), {"c.*": 32.0, "*": 2.0}),
         allocations.by_flops(allocations.floor(allocations.global_()), {"c.*": 32.0, "*": 2.0}),

@@ -174,7 +174,8 @@ def mest(
     Only gradients of what is kept are read, so the training stays sparse throughout. gradient: the
     weight of the gradient. fraction: exchanged at first, decreasing to 0. Default: uniform.
     Source: Yuan et al. 2021, arXiv 2110.14032.
-    Differs: the fraction decays by a cosine instead of in stages; without the soft memory bound.
+    Differs: the fraction decays by a cosine instead of in stages; without the soft memory bound;
+    the authors' code has gradient = 0 as its default.
     """
     end = max(1, int(steps * stop))
     score = Score(

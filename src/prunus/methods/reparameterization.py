@@ -42,7 +42,8 @@ def dynamic_reparameterization(
     than (1 + tolerance) N it halves; N = fraction of all kept weights. What all sites dropped, K,
     goes to site l as K R_l / sum R, with R_l the weights that survived there. Default: uniform.
     Source: Mostafa & Wang 2019, arXiv 1902.05967, algorithm 1.
-    Differs: N is a fraction, not a number; what was dropped in a move is not grown in it.
+    Differs: N is a fraction, not a number (the authors take about 0.01 of the weights); what was
+    dropped in a move is not grown in it.
     """
     check_sparsity(sparsity)
     check_sparsity(fraction, "the fraction dropped")

@@ -206,7 +206,7 @@ def _decide(
         elif kernels.active_isa() == kernels.FALLBACK:
             row = _row(layer, DENSE, "no native module: the NumPy kernels are for checking only")
         else:
-            row, twin = _measured(layer, module, calls[name])
+            row, twin = measured_layer(layer, module, calls[name])
             twins.update({name: twin} if row.choice == SPARSE else {})
         if row.choice == SPARSE and name not in twins:
             twins[name] = candidates.pack_layer(module)
@@ -234,7 +234,9 @@ def _chosen(choose: Choose, layer: Layer) -> str:
     return choice
 
 
-def _measured(layer: Layer, module: nn.Module, calls: Mapping[Call, int]) -> tuple[Row, nn.Module]:
+def measured_layer(
+    layer: Layer, module: nn.Module, calls: Mapping[Call, int]
+) -> tuple[Row, nn.Module]:
     """Time a layer against its packed twin; a convolution in both memory formats."""
     twin = candidates.pack_layer(module)
     dense = _assemble(module, {}, share=True)
