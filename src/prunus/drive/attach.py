@@ -133,12 +133,12 @@ class Attached:
     def sparsity(self) -> float:
         """Fraction of all weights of the sites that is off now."""
         total = sum(site.size for site in self.sites)
-        return sum(int(off.sum()) for off in self._off.values()) / max(1, total)
+        return sum(int(off.count_nonzero()) for off in self._off.values()) / max(1, total)
 
     def site_sparsity(self) -> dict[str, float]:
         """Return the fraction that is off, for every site."""
         return {
-            s.name: int(self._off[s.name].sum()) / s.size if s.name in self._off else 0.0
+            s.name: int(self._off[s.name].count_nonzero()) / s.size if s.name in self._off else 0.0
             for s in self.sites
         }
 

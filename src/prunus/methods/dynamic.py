@@ -10,9 +10,11 @@ from prunus.combine import then
 from prunus.compose import compose
 from prunus.core import Allocation, Score, Sparsifier, Structure
 from prunus.kinds import GRADIENT
+from prunus.methods.origin import at_initialisation
 from prunus.methods.pruning import gradual_magnitude
 
 
+@at_initialisation
 def set_(
     sparsity: float,
     steps: int,
@@ -41,6 +43,7 @@ def set_(
     )
 
 
+@at_initialisation
 def rigl(
     sparsity: float,
     steps: int,
@@ -70,6 +73,7 @@ def rigl(
     )
 
 
+@at_initialisation
 def itop(
     sparsity: float,
     steps: int,
@@ -98,6 +102,7 @@ def itop(
     )
 
 
+@at_initialisation
 def sparse_momentum(
     sparsity: float,
     steps: int,
@@ -126,6 +131,7 @@ def sparse_momentum(
     )
 
 
+@at_initialisation
 def granet(
     sparsity: float,
     steps: int,
@@ -158,6 +164,7 @@ def granet(
     )
 
 
+@at_initialisation
 def mest(
     sparsity: float,
     steps: int,
@@ -194,6 +201,7 @@ def mest(
     )
 
 
+@at_initialisation
 def nest(
     sparsity: float,
     steps: int,

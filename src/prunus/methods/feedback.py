@@ -25,8 +25,10 @@ from prunus.core import (
 )
 from prunus.errors import ValueRangeError
 from prunus.kinds import RESERVE
+from prunus.methods.origin import at_initialisation
 
 
+@at_initialisation
 def feedback(
     sparsity: float,
     steps: int,
@@ -64,6 +66,7 @@ def feedback(
     return _straight_through(method)
 
 
+@at_initialisation
 def neural_wirings(
     sparsity: float,
     steps: int,

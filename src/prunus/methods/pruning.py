@@ -6,6 +6,7 @@ from prunus import allocations, schedules, scores
 from prunus.compose import compose
 from prunus.core import Allocation, Sparsifier, Structure
 from prunus.errors import ValueRangeError
+from prunus.methods.origin import at_initialisation
 
 
 def one_shot_magnitude(
@@ -61,6 +62,7 @@ def gradual_magnitude(
     )
 
 
+@at_initialisation
 def random_pruning(
     sparsity: float,
     *,
@@ -81,6 +83,7 @@ def random_pruning(
     )
 
 
+@at_initialisation
 def snip(
     sparsity: float,
     *,
@@ -101,6 +104,7 @@ def snip(
     )
 
 
+@at_initialisation
 def synflow(
     sparsity: float,
     *,

@@ -21,11 +21,13 @@ from prunus.core import (
     Weights,
     check_sparsity,
 )
+from prunus.methods.origin import at_initialisation
 
 _THRESHOLD = "reparameterization threshold"
 _ALL = "all"
 
 
+@at_initialisation
 def dynamic_reparameterization(
     sparsity: float,
     steps: int,
@@ -79,8 +81,8 @@ def _move(
     limit = state.statistics[_THRESHOLD][_ALL]
     on = {site.name: _mask(state, site) for site in sites}
     stay = {name: mask & (weights[name].abs() >= limit) for name, mask in on.items()}
-    kept = {name: int(mask.sum()) for name, mask in on.items()}
-    left = {name: int(mask.sum()) for name, mask in stay.items()}
+    kept = {name: int(mask.count_nonzero()) for name, mask in on.items()}
+    left = {name: int(mask.count_nonzero()) for name, mask in stay.items()}
     room = {site.name: site.size - kept[site.name] for site in sites}
     dropped = sum(kept.values()) - sum(left.values())
     short = dropped - sum(room.values())
@@ -93,7 +95,7 @@ def _move(
     elif dropped > (1 + tolerance) * wanted or short > 0:
         limit = limit / 2
     masks = {s.name: stay[s.name] | _drawn(state, s, on[s.name], grown[s.name]) for s in sites}
-    shares = {s.name: 1.0 - int(masks[s.name].sum()) / max(1, s.size) for s in sites}
+    shares = {s.name: 1.0 - int(masks[s.name].count_nonzero()) / max(1, s.size) for s in sites}
     state = replace(
         state,
         round=state.round + 1,

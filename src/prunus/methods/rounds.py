@@ -245,5 +245,5 @@ def _remember(
 
 
 def _sparsity(found: tuple[sites.Site, ...], masks: Masks) -> float:
-    off = sum(int((~mask).sum()) for mask in masks.values())
+    off = sum(int((~mask).count_nonzero()) for mask in masks.values())
     return off / max(1, sum(site.size for site in found))

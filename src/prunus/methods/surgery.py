@@ -128,5 +128,5 @@ def _closed(
 
 
 def _state(state: State, sites: Sequence[Site], masks: Mapping[str, Tensor]) -> State:
-    shares = {s.name: 1.0 - int(masks[s.name].sum()) / max(1, s.size) for s in sites}
+    shares = {s.name: 1.0 - int(masks[s.name].count_nonzero()) / max(1, s.size) for s in sites}
     return replace(state, round=state.round + 1, masks=masks, sparsity=shares)

@@ -130,7 +130,9 @@ class Space:
                 exclude=self.exclude,
             )
             reached = {
-                s.name: 1.0 - int(masks[s.name].sum()) / s.size if s.name in masks else 0.0
+                s.name: 1.0 - int(masks[s.name].count_nonzero()) / s.size
+                if s.name in masks
+                else 0.0
                 for s in found
             }
             with torch.no_grad():
