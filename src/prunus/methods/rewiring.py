@@ -32,6 +32,7 @@ def deep_rewiring(
     sites alike, are switched on at 0. The optimizer's step is the gradient part of the walk.
     lr: the optimizer's; temperature: None is lr l1^2 / 18. Default: er, for the first mask.
     Source: Bellec, Kappel, Maass, Legenstein 2018, arXiv 1711.05136, algorithm 1.
+    Differs: the shrinkage and noise of a step come before its gradient, not after it.
     """
     heat = lr * l1**2 / 18 if temperature is None else temperature
     walk = (lr * l1, math.sqrt(2 * lr * heat))
