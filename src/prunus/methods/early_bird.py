@@ -82,10 +82,32 @@ def early_bird(
         "window": window,
         "sites": [[site.name, *site.shape] for site in found],
     }
-    book = Book(None if folder is None else Path(folder), settings, train)
+    return _watched(
+        model,
+        make_optimizer,
+        train,
+        Book(None if folder is None else Path(folder), settings, train),
+        found,
+        lambda: _drawn(model, found, sparsity, scope, inputs),
+        epochs,
+        shown(progress, "early_bird"),
+    )
+
+
+def _watched(
+    model: nn.Module,
+    make_optimizer: Callable[[nn.Module], Optimizer],
+    train: Train,
+    book: Book,
+    found: tuple[sites.Site, ...],
+    draw: Callable[[], dict[str, Tensor]],
+    epochs: int,
+    show: Progress,
+) -> EarlyBird:
+    """Train epoch by epoch until the mask stands still, from the record on if there is one."""
+    window, tolerance = book.settings["window"], book.settings["tolerance"]
     run = train.epoch if isinstance(train, Loop) else train
     optimizer = make_optimizer(model)
-    show = shown(progress, "early_bird")
     queue: list[dict[str, Tensor]] = []
     results: list[Any] = []
     record = book.read("epoch")
@@ -104,7 +126,7 @@ def early_bird(
             masks = _of_weights(found, queue[-1])
             return EarlyBird(len(results) - 1, still, masks, tuple(distances), tuple(results))
         results.append(run(model, optimizer, len(results)))
-        queue = [*queue[1 - window :], _drawn(model, found, sparsity, scope, inputs)]
+        queue = [*queue[1 - window :], draw()]
         held = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         book.write("epoch", {**held, "queue": queue, "results": results})
 

@@ -49,14 +49,7 @@ def dynamic_surgery(
     check_sparsity(sparsity)
     share = allocation or allocations.uniform()
     end = 3 * steps // 4 if end is None else end
-    if not 0 <= begin <= end or every < 1:
-        raise ValueRangeError(
-            f"surgery needs 0 <= begin <= end and every >= 1, got {begin}, {end} and {every}"
-        )
-    if not 0 <= margin < 1 or gamma < 0 or power < 0:
-        raise ValueRangeError(
-            f"0 <= margin < 1, gamma >= 0, power >= 0, got {margin}, {gamma} and {power}"
-        )
+    _check(begin, end, every, margin, gamma, power)
     if share.measure != "weights":
         raise CompositionError(f"surgery keeps a number of weights; {share.name} counts others")
 
@@ -84,6 +77,17 @@ def dynamic_surgery(
 
     name = f"dynamic_surgery({sparsity:g}, steps={steps}, every={every})"
     return Sparsifier(name, needs, init, update, target=float(sparsity), last=end)
+
+
+def _check(begin: int, end: int, every: int, margin: float, gamma: float, power: float) -> None:
+    if not 0 <= begin <= end or every < 1:
+        raise ValueRangeError(
+            f"surgery needs 0 <= begin <= end and every >= 1, got {begin}, {end} and {every}"
+        )
+    if not 0 <= margin < 1 or gamma < 0 or power < 0:
+        raise ValueRangeError(
+            f"0 <= margin < 1, gamma >= 0, power >= 0, got {margin}, {gamma} and {power}"
+        )
 
 
 def _operated(

@@ -55,20 +55,23 @@ def evolve(
             f"population >= 2, generations >= 0, spread > 0, got {population}, {generations}, "
             f"{spread}"
         )
+    data = (inputs, batches, loss)
     space = Space(
-        model,
-        method,
-        objective,
-        sparsity,
-        least,
-        most,
-        maximize,
-        include,
-        exclude,
-        inputs,
-        batches,
-        loss,
+        model, method, objective, sparsity, least, most, maximize, include, exclude, *data
     )
+    return _evolved(space, population, generations, spread, seed, folder, progress)
+
+
+def _evolved(
+    space: Space,
+    population: int,
+    generations: int,
+    spread: float,
+    seed: int,
+    folder: str | os.PathLike[str] | None,
+    progress: Progress | bool | None,
+) -> Found:
+    """Run the generations that no record holds yet."""
     given = settings(space, "evolve", population=population, spread=spread, seed=seed)
     path, record = resumed(folder, given)
     show = shown(progress, "evolve")

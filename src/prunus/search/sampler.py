@@ -48,26 +48,30 @@ def search(
     optuna = _optuna()
     if trials < 1:
         raise ValueRangeError(f"a search makes at least 1 trial, got {trials}")
+    data = (inputs, batches, loss)
     space = Space(
-        model,
-        method,
-        objective,
-        sparsity,
-        least,
-        most,
-        maximize,
-        include,
-        exclude,
-        inputs,
-        batches,
-        loss,
+        model, method, objective, sparsity, least, most, maximize, include, exclude, *data
     )
+    return _sampled(optuna, space, trials, seed, folder, progress)
+
+
+def _sampled(
+    optuna: Any,
+    space: Space,
+    trials: int,
+    seed: int,
+    folder: str | os.PathLike[str] | None,
+    progress: Progress | bool | None,
+) -> Found:
+    """Make the trials that no record holds yet."""
     given = settings(space, "search", seed=seed)
     path, record = resumed(folder, given)
     done: list[list[Any]] = [] if record is None else record["done"]  # [proposed, value] each
     show = shown(progress, "search")
     names = [site.name for site in space.sites]
-    ranges = {name: optuna.distributions.FloatDistribution(least, most) for name in names}
+    ranges = {
+        name: optuna.distributions.FloatDistribution(space.least, space.most) for name in names
+    }
     starts = space.starts()
     with _quiet(optuna):
         study = optuna.create_study()
