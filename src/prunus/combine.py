@@ -95,7 +95,7 @@ def then(first: Sparsifier, step: int, second: Sparsifier) -> Sparsifier:
             sparsity=result.state.sparsity,
             children=children,
         )
-        return Update(state, result.weights)
+        return Update(state, result.weights, result.shifts)
 
     last = None if second.last is None else second.last + step
     name = f"then({first.name}, {step}, {second.name})"
@@ -135,7 +135,8 @@ def _merge(state: State, results: Sequence[Update]) -> Update:
     merged = replace(
         state, round=state.round + 1, masks=masks, sparsity=sparsity, children=children
     )
-    return Update(merged, weights)
+    shifts = {name: s for result in results for name, s in result.shifts.items()}
+    return Update(merged, weights, shifts)
 
 
 def _check_no_reserve(results: Sequence[Update]) -> None:

@@ -109,10 +109,14 @@ class State:
 
 @dataclass(frozen=True)
 class Update:
-    """What an update decided: the next state, and weights that a solver rewrote (if any)."""
+    """What an update decided: the next state, and what a solver rewrote (if anything).
+
+    weights: of sites; shifts: site -> what is added to the bias of its layer, [outputs].
+    """
 
     state: State
     weights: Weights = field(default_factory=dict)
+    shifts: Weights = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -260,9 +264,12 @@ class Growth:
 class Solver:
     """Repair? `solve(w, scores [rows, units], k, structure, context)` -> (mask, new w or None).
 
-    Keeps exactly k units of each row. None: the weights that stay are left as they are.
+    Keeps exactly k units of each row. None: the weights that stay are left as they are. w has its
+    outputs on axis 0. shift(w, what becomes of it, context) -> what the layer's bias gains,
+    [outputs]; None: biases stay.
     """
 
     name: str
     solve: Callable[[Tensor, Tensor, int, Structure, Context], tuple[Tensor, Tensor | None]]
     needs: frozenset[str] = frozenset()
+    shift: Callable[[Tensor, Tensor, Context], Tensor] | None = None

@@ -14,6 +14,19 @@ INPUT_SQUARE = "input_square"
 GRAM = "gram"
 """Signal: E[x x^T] of the same inputs, float64 [groups, n, n]; groups: of a convolution, else 1."""
 
+INPUT_MEAN = "input_mean"
+"""Signal: E[x] of the same inputs, float64 [groups, n]."""
+
+INPUT_ROWS = "input_rows"
+"""Signal: a random sample of the same inputs, at most 1024 rows, [groups, rows, n]."""
+
+BIAS = "bias"
+"""Signal: the bias of the site's layer, float64 [outputs]; zeros if it has none."""
+
+OUTPUT_GRAM = "output_gram"
+"""Signal: mean over examples of sum over positions of g g^T, g = dL_n/d(what the layer puts out),
+float64 [groups, outputs / groups, the same]."""
+
 GRADIENT_SQUARE = "gradient_square"
 """Signal: mean over examples of (dL/dw)^2, the diagonal of the empirical Fisher matrix."""
 

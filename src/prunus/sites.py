@@ -135,6 +135,18 @@ def weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
+def biases_of(model: nn.Module, weight: nn.Parameter) -> list[nn.Parameter]:
+    """Return the biases of the layers that hold a weight, under all its names."""
+    found: dict[int, nn.Parameter] = {}
+    for module in unwrap(model).modules():
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        for name, parameter in own.items():
+            bias = own.get(name.replace("weight", "bias"))
+            if parameter is weight and bias is not None and bias is not weight:
+                found[id(bias)] = bias
+    return list(found.values())
+
+
 def with_unit(site: Site, unit: int, rows: int = 1) -> Site:
     """Return the site with its unit size and its rows set, as a structure prescribes."""
     return replace(site, unit=unit, rows=rows)

@@ -28,9 +28,9 @@ from prunus.checks import (
     check_structure,
 )
 from prunus.core import Site
-from prunus.kinds import GRADIENTS, GRAM, HESSIAN
+from prunus.kinds import GRADIENTS, GRAM, HESSIAN, INPUT_ROWS
 
-MATRICES = frozenset({GRAM, HESSIAN, GRADIENTS})
+MATRICES = frozenset({GRAM, HESSIAN, GRADIENTS, INPUT_ROWS})
 """Signals that grow with the square of a weight, or its multiple."""
 SMALL = [(8, 12), (3, 5), (1, 1), (7, 1), (0, 4), (4, 4, 2, 2), (2, 4, 5)]
 

@@ -149,6 +149,7 @@ def solve_parts(w, given, k, structure, at):
 
 SOLVERS = {
     "type": solvers.top_k,
+    "shift": Solver("mine", TOP, shift=lambda w, new, at: w.flatten()),
     "needs": Solver("mine", lambda w, s, k, structure, at: (at["hessian"] > 0, None)),
     "mask": Solver("mine", lambda w, s, k, st, at: (TOP(w, s, k, st, at)[0].float(), None)),
     "count": Solver("mine", lambda w, s, k, st, at: TOP(w, s, min(k + 1, s.shape[1]), st, at)),

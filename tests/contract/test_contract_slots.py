@@ -30,8 +30,11 @@ SCORES = {
     "block_fisher": [scores.block_fisher(7), scores.block_fisher(8, 0.01, taylor=True)],
     "diagonal_fisher": scores.diagonal_fisher(),
     "expander": scores.expander(),
+    "input_variance": [scores.input_variance(), scores.input_variance(weighted=False)],
+    "kfac": scores.kfac(),
     "layerwise_obs": scores.layerwise_obs(),
     "magnitude": scores.magnitude(),
+    "matrix_free_fisher": scores.matrix_free_fisher(),
     "obd": [scores.obd(), scores.obd("hutchinson")],
     "obs": scores.obs(),
     "random": scores.random(),
@@ -138,11 +141,22 @@ GROWTH = {
 SOLVERS = {
     "alps": [solvers.alps(30)],
     "block_fisher": [solvers.block_fisher(7), solvers.block_fisher(8, 0.01, taylor=True)],
+    "channel_lasso": solvers.channel_lasso(),
     "exact_obc": solvers.exact_obc(),
+    "fold": [solvers.fold(), solvers.fold(solvers.sparsegpt())],
+    "greedy_forward": [solvers.greedy_forward(fit) for fit in ("weights", "scales", "none")],
+    "kfac": solvers.kfac(),
     "least_squares": solvers.least_squares(),
+    "matrix_free_fisher": solvers.matrix_free_fisher(),
+    "merge": [solvers.merge(), solvers.merge(scaled=True)],
+    "net_trim": [
+        solvers.net_trim(rounds=2, polish=3),
+        solvers.net_trim(0.1, relu=False, rounds=5, polish=3),
+    ],
     "obs": solvers.obs(),
     "sparsegpt": [solvers.sparsegpt(), solvers.sparsegpt(block=3)],
     "pattern_library": solvers.pattern_library(2),
+    "thinet": [solvers.thinet(), solvers.thinet("weights")],
     "top_k": solvers.top_k(),
 }
 
@@ -271,9 +285,19 @@ METHODS = {
         (methods.woodfisher(0.9), 1),
         (methods.woodfisher(0.5, taylor=True, structure=structures.n_of_m(2, 4)), 144),
     ],
+    "thinet": [(methods.thinet(0.5), 36), (methods.thinet(0.5, fit="weights"), 36)],
+    "channel_lasso": [(methods.channel_lasso(0.5), 36)],
+    "greedy_forward": [(methods.greedy_forward(0.5), 36)],
+    "merge_similar": [(methods.merge_similar(0.5), 36)],
+    "fold_constant": [(methods.fold_constant(0.5), 36)],
+    "net_trim": [(methods.net_trim(0.7), 1)],
+    "kfac": [(methods.kfac(0.8), 1), (methods.kfac(0.5, structure=BLOCK), 4)],
+    "matrix_free_fisher": [(methods.matrix_free_fisher(0.8), 1)],
     "fixed": [(methods.fixed(masks_of_sites()), 1)],
 }
 NOT_METHODS = {
+    "Rotated",
+    "eigendamage",
     "EarlyBird",
     "Loop",
     "Ticket",
@@ -281,7 +305,7 @@ NOT_METHODS = {
     "lottery_ticket",
     "train_prune_finetune",
 }
-"""Procedures and what belongs to them; tested in tests/golden/test_golden_procedures.py."""
+"""Procedures and what belongs to them; each has a golden test of its own."""
 
 
 def rows(table):

@@ -15,7 +15,16 @@ from torch import Tensor
 from prunus import rng
 from prunus.checks.rules import Judge
 from prunus.core import Site
-from prunus.kinds import GRADIENTS, GRAM, HESSIAN, INPUT_SQUARE
+from prunus.kinds import (
+    BIAS,
+    GRADIENTS,
+    GRAM,
+    HESSIAN,
+    INPUT_MEAN,
+    INPUT_ROWS,
+    INPUT_SQUARE,
+    OUTPUT_GRAM,
+)
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     (8, 12),
@@ -52,12 +61,20 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, key: str 
 def default_signal(kind: str, w: Tensor) -> Tensor:
     """Return a reproducible positive tensor of the shape that the kind has for a site w."""
     columns = math.prod(w.shape[1:])
-    size = {GRAM: columns, HESSIAN: w.numel()}.get(kind)
+    outputs = w.shape[0]
+    size = {GRAM: columns, HESSIAN: w.numel(), OUTPUT_GRAM: outputs}.get(kind)
     if size is not None:  # a positive definite matrix
         x = rng.uniform(("check signal", kind, *w.shape), (2 * size + 1, size)).double()
         matrix = x.T @ x / (2 * size + 1)
-        return matrix[None] if kind == GRAM else matrix
-    if kind == INPUT_SQUARE:
+        return matrix if kind == HESSIAN else matrix[None]
+    if kind == INPUT_MEAN and columns <= 256:  # of the very inputs of the Gram matrix
+        key = ("check signal", GRAM, *w.shape)
+        return rng.uniform(key, (2 * columns + 1, columns)).double().mean(0)[None]
+    if kind == INPUT_ROWS:
+        return rng.uniform(("check signal", kind, *w.shape), (1, 16, columns)) - 0.3
+    if kind == BIAS:
+        return rng.uniform(("check signal", kind, outputs), (outputs,)).double() - 0.5
+    if kind in (INPUT_SQUARE, INPUT_MEAN):
         return rng.uniform(("check signal", kind, *w.shape), (1, columns)).double() + 0.1
     shape = (5, *w.shape) if kind == GRADIENTS else tuple(w.shape)
     return rng.uniform(("check signal", kind, *w.shape), shape).to(w.dtype) + 0.1

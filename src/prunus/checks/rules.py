@@ -69,6 +69,7 @@ RULES: dict[str, dict[str, str]] = {
         "count": "keep exactly k whole units of each row: choose with prunus.select.keep_top",
         "off": "a unit that scores -inf is off: keep it only if all others are kept",
         "weights": "new weights are None, or finite with the shape and dtype of w",
+        "shift": "shift(w, new, at) returns a finite tensor [outputs], or is None",
         "same": _SAME,
         "pure": _PURE,
     },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from prunus.checks.probes import DTYPES, SHAPES, MakeSignal, default_signal, is_names, twice, weight
 from prunus.checks.rules import Judge
 from prunus.checks.values import context
-from prunus.core import Solver, Structure
+from prunus.core import Context, Solver, Structure
 from prunus.errors import ShapeError, SignalError
 from prunus.structures import block, channel, element, n_of_m
 
@@ -78,6 +78,23 @@ def _check_one(
             fits = isinstance(new, Tensor) and new.shape == w.shape and new.dtype == w.dtype
             judge("weights", fits, f"{where} gave new weights {getattr(new, 'shape', new)}")
             judge("weights", bool(torch.isfinite(new).all()), f"{where} gave weights not finite")
+        if solver.shift is not None:
+            became = (w if new is None else new).masked_fill(~mask, 0)
+            _check_shift(judge, solver.shift, w, became, at, where)
+
+
+def _check_shift(
+    judge: Judge,
+    shift: Callable[[Tensor, Tensor, Context], Tensor],
+    w: Tensor,
+    new: Tensor,
+    at: Context,
+    where: str,
+) -> None:
+    found = twice(judge, where, lambda: shift(w, new, at), w=w, new=new, signals=at.signals)
+    fits = isinstance(found, Tensor) and found.shape == w.shape[:1]
+    judge("shift", fits, f"{where} shifts the bias by {getattr(found, 'shape', found)}")
+    judge("shift", bool(torch.isfinite(found).all()), f"{where} shifts the bias by NaN or infinity")
 
 
 def _check_count(judge: Judge, structure: Structure, mask: Tensor, k: int, where: str) -> None:

@@ -118,6 +118,7 @@ def update(
         counts = _counts(slots, state, sites, layouts, scores, sparsity)
     masks: dict[str, Tensor] = {}
     rewritten: dict[str, Tensor] = {}
+    shifts: dict[str, Tensor] = {}
     for site in sites:
         w, k, at = weights[site.name], counts[site.name], contexts[site.name]
         if slots.grow is not None and not first:
@@ -125,9 +126,9 @@ def update(
             moved = (scores[site.name], k, at, state.step, stay)
             mask, new = _move(slots.grow, slots.structure, w, *moved)
         else:
-            w = turned(site, w)
-            mask, new = slots.solve.solve(w, scores[site.name], k, slots.structure, at)
-            mask, new = turned(site, mask), None if new is None else turned(site, new)
+            mask, new, shift = _solved(slots, w, scores[site.name], k, at)
+            if shift is not None and k < layouts[site.name][1]:
+                shifts[site.name] = shift
         if k < layouts[site.name][1]:
             masks[site.name] = mask
         if new is not None:
@@ -140,9 +141,21 @@ def update(
     if slots.remember:
         reserve, rewritten = reserved(state, sites, weights, masks, rewritten)
         state = replace(state, statistics={**state.statistics, RESERVE: reserve})
-    return Update(
-        replace(state, round=state.round + 1, masks=masks, sparsity=asked), weights=rewritten
-    )
+    state = replace(state, round=state.round + 1, masks=masks, sparsity=asked)
+    return Update(state, rewritten, shifts)
+
+
+def _solved(
+    slots: Slots, w: Tensor, scores: Tensor, k: int, at: Context
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the mask, the new weight and what the bias gains, the solver's axes turned back."""
+    site, solver = at.site, slots.solve
+    w = turned(site, w)
+    mask, new = solver.solve(w, scores, k, slots.structure, at)
+    shift = None
+    if solver.shift is not None:
+        shift = solver.shift(w, (w if new is None else new).masked_fill(~mask, 0), at)
+    return turned(site, mask), None if new is None else turned(site, new), shift
 
 
 def _waits(slots: Slots, state: State, sites: Sequence[Site], target: float) -> bool:

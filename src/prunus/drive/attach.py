@@ -25,6 +25,7 @@ from prunus.drive.registry import (
     trained_sites,
 )
 from prunus.drive.reserve import hide, recall, reset_moments, stale
+from prunus.drive.rewrite import write
 from prunus.drive.signals import Sources, collect
 from prunus.errors import AttachError, SignalError
 from prunus.kinds import GRADIENT
@@ -336,9 +337,7 @@ class Attached:
                 f"{self.sparsifier} asked for an update and returned round {result.state.round} "
                 f"after round {self.state.round}: an update has to count its round up"
             )
-        with torch.no_grad():
-            for name, value in result.weights.items():
-                self.parameters[name].copy_(value)
+        write(self.model, self.sites, self.parameters, result)
         self._adopt(result.state, rewritten=frozenset(result.weights))
         if type(self._wrapped).__name__ == "DistributedDataParallel" and dist.is_initialized():
             device = next(iter(self.parameters.values())).device

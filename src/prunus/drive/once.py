@@ -12,6 +12,7 @@ from torch import nn
 from prunus import sites as sites_
 from prunus.core import Masks, Sparsifier, State
 from prunus.drive.registry import attached
+from prunus.drive.rewrite import restored, write
 from prunus.drive.sequential import Progress, prune_sequential
 from prunus.drive.signals import Loss, Sources, collect
 from prunus.errors import AttachError, SignalError
@@ -65,19 +66,12 @@ def prune(
     parameters = sites_.parameters(model, sites)
     if batches is not None and not isinstance(batches, (list, tuple)):
         batches = list(batches)
-    backup = {name: p.detach().clone() for name, p in parameters.items()}
     state = sparsifier.init(sites, sites_.weights(parameters), seed)
     sources = Sources(
         model, sites, parameters, {}, inputs, batches, loss, training=False, validate=validate
     )
-    try:
-        state = _run(sparsifier, state, sparsifier.last, sources)
-    except BaseException:
-        with torch.no_grad():
-            for name, value in backup.items():
-                parameters[name].copy_(value)
-        raise
-    return state.masks
+    with restored(model, parameters):
+        return _run(sparsifier, state, sparsifier.last, sources).masks
 
 
 def _run(sparsifier: Sparsifier, state: State, last: int, sources: Sources) -> State:
@@ -88,7 +82,10 @@ def _run(sparsifier: Sparsifier, state: State, last: int, sources: Sources) -> S
             signals = collect(needs, replace(sources, masks=state.masks))
             result = sparsifier.update(state, sites, sites_.weights(parameters), signals)
             state = replace(result.state, round=max(result.state.round, state.round + 1))
-            _apply(parameters, state, result.weights)
+            write(sources.model, sites, parameters, result)
+            with torch.no_grad():
+                for name, mask in state.masks.items():
+                    parameters[name].masked_fill_(~mask, 0)
         state = state.next_step()
     return state
 
@@ -105,11 +102,3 @@ def _expect_free(model: nn.Module, sparsifier: Sparsifier) -> None:
             f"{known.sparsifier} is attached to this model and would undo other masks at its next "
             f"step: end it first with pr.attached(model).detach(), or use pr.combine.then"
         )
-
-
-@torch.no_grad()
-def _apply(parameters: dict[str, nn.Parameter], state: State, weights: Any) -> None:
-    for name, value in weights.items():
-        parameters[name].copy_(value)
-    for name, mask in state.masks.items():
-        parameters[name].masked_fill_(~mask, 0)

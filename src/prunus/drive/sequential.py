@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from prunus import sites as sites_
 from prunus.core import Masks, Site, Sparsifier
+from prunus.drive.rewrite import restored, write
 from prunus.drive.signals import Loss, Sources, as_call, collect, untouched
 from prunus.errors import SignalError, SiteError, ValueRangeError
-from prunus.kinds import GRAM, INPUT_SQUARE
+from prunus.kinds import BIAS, GRAM, INPUT_MEAN, INPUT_ROWS, INPUT_SQUARE
 
 Progress = Callable[[int, int, str], None]
 """(blocks done, blocks, name of the block)."""
@@ -23,7 +24,7 @@ Progress = Callable[[int, int, str], None]
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a block beside its input: by position, by name."""
 
-_READS = frozenset({INPUT_SQUARE, GRAM})
+_READS = frozenset({BIAS, INPUT_SQUARE, INPUT_MEAN, INPUT_ROWS, GRAM})
 _FRESH = {"past_key_values": None, "past_key_value": None, "use_cache": False}
 """Arguments of blocks that would remember earlier runs."""
 
@@ -56,27 +57,26 @@ def prune_sequential(
     found = sites_.find(model, include, exclude)
     name, stack = _stack(model, found, blocks)
     parts = _parts(model, name, stack, found)
-    parameters = sites_.parameters(model, [site for _, own in parts for site in own])
-    backup = {key: p.detach().clone() for key, p in parameters.items()}
+    owned = [site for _, own in parts for site in own]
+    parameters = sites_.parameters(model, owned)
     masks: dict[str, Tensor] = {}
-    try:
-        with torch.no_grad(), untouched(model), sites_.evaluating(model):
-            feed = _record(model, list(stack.children()), batches, loss)
-            for place, (block, own) in enumerate(parts):
-                if progress is not None:
-                    progress(place, len(parts), f"{name}.{place}".lstrip("."))
-                run = _Run(block, feed.calls[place])
-                if own:
-                    masks |= _prune_block(sparsifier, run, own, parameters, feed.inputs, seed)
-                if any(later for _, later in parts[place + 1 :]):
-                    feed.inputs = [run(i, x) for i, x in enumerate(feed.inputs)]
+    with (
+        restored(model, parameters),
+        torch.no_grad(),
+        untouched(model),
+        sites_.evaluating(model),
+    ):
+        feed = _record(model, list(stack.children()), batches, loss)
+        for place, (block, own) in enumerate(parts):
             if progress is not None:
-                progress(len(parts), len(parts), "")
-    except BaseException:
-        with torch.no_grad():
-            for key, value in backup.items():
-                parameters[key].copy_(value)
-        raise
+                progress(place, len(parts), f"{name}.{place}".lstrip("."))
+            run = _Run(block, feed.calls[place])
+            if own:
+                masks |= _prune_block(sparsifier, model, run, own, parameters, feed.inputs, seed)
+            if any(later for _, later in parts[place + 1 :]):
+                feed.inputs = [run(i, x) for i, x in enumerate(feed.inputs)]
+        if progress is not None:
+            progress(len(parts), len(parts), "")
     return masks
 
 
@@ -229,6 +229,7 @@ def _hooked(blocks: list[nn.Module], before: Any, after: Any) -> Iterator[None]:
 
 def _prune_block(
     sparsifier: Sparsifier,
+    model: nn.Module,
     run: _Run,
     own: Sequence[Site],
     parameters: dict[str, nn.Parameter],
@@ -257,8 +258,7 @@ def _prune_block(
             weights = sites_.weights(held)
             result = sparsifier.update(state, own, weights, collect(needs, sources))
             state = replace(result.state, round=max(result.state.round, state.round + 1))
-            for key, value in result.weights.items():
-                held[key].copy_(value)
+            write(model, own, held, result)
             for key, mask in state.masks.items():
                 held[key].masked_fill_(~mask, 0)
         state = state.next_step()

@@ -1,5 +1,6 @@
 """Named methods: recipes of slots, with their papers' defaults."""
 
+from prunus.drive import Rotated, eigendamage
 from prunus.methods.criteria import (
     lamp,
     movement,
@@ -42,7 +43,9 @@ from prunus.methods.phases import (
 from prunus.methods.post_training import (
     alps,
     exact_obc,
+    kfac,
     layerwise_obs,
+    matrix_free_fisher,
     obd,
     obs,
     sparsegpt,
@@ -56,6 +59,14 @@ from prunus.methods.pruning import (
     snip,
     synflow,
 )
+from prunus.methods.repairing import (
+    channel_lasso,
+    fold_constant,
+    greedy_forward,
+    merge_similar,
+    net_trim,
+    thinet,
+)
 from prunus.methods.reparameterization import dynamic_reparameterization
 from prunus.methods.rewiring import deep_rewiring
 from prunus.methods.rounds import Ticket
@@ -65,12 +76,14 @@ from prunus.methods.top_kast import top_kast
 __all__ = [
     "EarlyBird",
     "Loop",
+    "Rotated",
     "Ticket",
     "ac_dc",
     "adaptive_pruning",
     "alps",
     "apoz",
     "batchnorm_scale",
+    "channel_lasso",
     "constant_output",
     "correlation",
     "deep_rewiring",
@@ -78,26 +91,33 @@ __all__ = [
     "dynamic_reparameterization",
     "dynamic_surgery",
     "early_bird",
+    "eigendamage",
     "exact_obc",
     "expander",
     "feedback",
     "fixed",
+    "fold_constant",
     "force",
     "geometric_median",
     "global_sparse_momentum",
     "gradual_magnitude",
     "granet",
     "grasp",
+    "greedy_forward",
     "iterative_hard_thresholding",
     "iterative_snip",
     "itop",
+    "kfac",
     "lamp",
     "layerwise_obs",
     "lottery_ticket",
+    "matrix_free_fisher",
     "mean_activation",
+    "merge_similar",
     "mest",
     "movement",
     "nest",
+    "net_trim",
     "neural_wirings",
     "nisp",
     "obd",
@@ -116,6 +136,7 @@ __all__ = [
     "synflow",
     "taylor",
     "taylor_filter",
+    "thinet",
     "top_kast",
     "total_change",
     "train_prune_finetune",

@@ -176,5 +176,51 @@ def woodfisher(
     )
 
 
+def kfac(
+    sparsity: float,
+    *,
+    damping: float = 1e-4,
+    structure: Structure | None = None,
+    allocation: Allocation | None = None,
+) -> Sparsifier:
+    """Remove the least w^2 / ([A^-1]_ii [G^-1]_oo) over all layers and adapt the rest of a layer.
+
+    F = A (x) G: Kronecker-factored Fisher matrix of each layer. Wants batches and loss. Defaults:
+    element, global_, damping 1e-4 of the mean of diag F. Source: Wang, Grosse, Fidler, Zhang 2019,
+    arXiv 1905.05934 (Kron-OBS).
+    """
+    return compose(
+        scores.kfac(damping),
+        structure=structure,
+        allocation=allocation or (allocations.global_() if _free(structure) else None),
+        schedule=_once(sparsity, structure),
+        solve=solvers.kfac(damping),
+        name=f"kfac({sparsity:g})",
+    )
+
+
+def matrix_free_fisher(
+    sparsity: float,
+    *,
+    damping: float = 1e-5,
+    structure: Structure | None = None,
+    allocation: Allocation | None = None,
+) -> Sparsifier:
+    """M-FAC: remove the least w^2 / [F^-1]_ii over all layers and adapt the rest of a layer.
+
+    F: empirical Fisher matrix of each whole layer, never formed. Wants batches and loss, and holds
+    the gradient of every example. Defaults: element, global_, damping 1e-5. Source: Frantar,
+    Kurtic, Alistarh 2021, arXiv 2107.03356.
+    """
+    return compose(
+        scores.matrix_free_fisher(damping),
+        structure=structure,
+        allocation=allocation or (allocations.global_() if _free(structure) else None),
+        schedule=_once(sparsity, structure),
+        solve=solvers.matrix_free_fisher(damping),
+        name=f"matrix_free_fisher({sparsity:g})",
+    )
+
+
 def _free(structure: Structure | None) -> bool:
     return structure is None or structure.pinned is None

@@ -1,9 +1,10 @@
 """Which? A score gives every weight a number; higher = keep."""
 
-from prunus.scores.activation import wanda
+from prunus.scores.activation import input_variance, wanda
 from prunus.scores.data_free import magnitude, random
 from prunus.scores.designed import banded, expander
 from prunus.scores.first_order import force, grasp, snip, synflow, taylor, taylor_group
+from prunus.scores.fisher import kfac, matrix_free_fisher
 from prunus.scores.outputs import (
     apoz,
     batchnorm_scale,
@@ -32,8 +33,11 @@ __all__ = [
     "force",
     "geometric_median",
     "grasp",
+    "input_variance",
+    "kfac",
     "layerwise_obs",
     "magnitude",
+    "matrix_free_fisher",
     "mean_activation",
     "movement",
     "nisp",

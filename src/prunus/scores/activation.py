@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prunus.core import Context, Score
 from prunus.errors import ShapeError
-from prunus.kinds import INPUT_SQUARE
+from prunus.kinds import INPUT_MEAN, INPUT_SQUARE
 from prunus.sites import turned
 
 
@@ -21,15 +21,38 @@ def wanda() -> Score:
 
     def value(w: Tensor, at: Context) -> Tensor:
         wide = torch.promote_types(w.dtype, torch.float32)
-        norms = at[INPUT_SQUARE].sqrt().to(wide)
         rows = turned(at.site, w).abs().to(wide)
-        groups = len(norms)
-        if len(rows) % groups or rows[:1].numel() not in (norms.shape[1], 0):
-            raise ShapeError(
-                f"the input norms of {at.site.name!r} have shape {tuple(norms.shape)}, its weight "
-                f"{tuple(w.shape)}; they are [groups, prod(shape[1:])] of the weight, outputs first"
-            )
-        found = rows.reshape(groups, len(rows) // groups, norms.shape[1]) * norms[:, None]
-        return turned(at.site, found.reshape(rows.shape))
+        return turned(at.site, rows * _columns(at[INPUT_SQUARE].sqrt().to(wide), rows, at))
 
     return Score("wanda", value, frozenset({INPUT_SQUARE}))
+
+
+def input_variance(weighted: bool = True) -> Score:
+    """Keep inputs that change: w_ij^2 Var(x_j), what is lost when the bias takes the mean of x_j.
+
+    Meant for structures.channel(1), with solvers.fold(). weighted=False: Var(x_j) alone.
+    Source: weighted=False: Sietsma & Dow 1988, IEEE ICNN; weighted: An, Zhao, Yu, Tang, Wang 2023,
+    arXiv 2312.11983 (FLAP: fluctuation). Differs: not divided by the layer's mean and deviation.
+    """
+
+    def value(w: Tensor, at: Context) -> Tensor:
+        variance = (at[INPUT_SQUARE] - at[INPUT_MEAN].square()).clamp(min=0)
+        rows = turned(at.site, w).to(torch.promote_types(w.dtype, torch.float64))
+        square = rows.square() if weighted else torch.ones_like(rows)
+        return turned(at.site, square * _columns(variance, rows, at))
+
+    needs = frozenset({INPUT_MEAN, INPUT_SQUARE})
+    return Score("input_variance" if weighted else "input_variance(plain)", value, needs)
+
+
+def _columns(values: Tensor, rows: Tensor, at: Context) -> Tensor:
+    """Repeat values of columns, [groups, columns], over the turned weight."""
+    groups = len(values)
+    if len(rows) % groups or rows[:1].numel() not in (values.shape[1], 0):
+        raise ShapeError(
+            f"the input statistics of {at.site.name!r} have shape {tuple(values.shape)}, its "
+            f"weight {tuple(rows.shape)}; they are [groups, prod(shape[1:])] of the weight, "
+            f"outputs first"
+        )
+    wide = values[:, None].expand(groups, len(rows) // groups, values.shape[1])
+    return wide.reshape(rows.shape)

@@ -92,7 +92,7 @@ def constant_output() -> Score:
     """Keep outputs that change: the variance over calibration data after the activation.
 
     Source: Sietsma & Dow 1988, IEEE ICNN; 1991, Neural Networks 4. Differs: the mean of what is
-    removed is not folded into the next layer's bias.
+    removed is not folded into the next layer's bias; see scores.input_variance and solvers.fold.
     """
     return _signal("constant_output", OUTPUT_VARIANCE)
 

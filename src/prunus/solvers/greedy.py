@@ -11,8 +11,11 @@ from prunus.kinds import GRAM, HESSIAN
 from prunus.solvers.refit import refitted
 from prunus.solvers.units import chosen, forced_off, positions, scattered
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 24
 """Elements of the inverse matrices of the rows that are worked on together."""
+
+_LAZY = 48
+"""Removals that are kept as vectors before they are subtracted from the matrices."""
 
 
 def exact_obc(damping: float = 0.01) -> Solver:
@@ -133,27 +136,64 @@ def _trace(
     inverse: [n, n] of all rows; off: goes first, at cost -inf; group: [rows, n] from 0 upwards,
     of each of which no more than `quota` go.
     """
-    w, h = w.clone(), inverse.repeat(len(w), 1, 1)
-    every = torch.arange(len(w))
-    gone = torch.zeros_like(off)
-    left = None
-    if group is not None:
-        left = torch.full((len(w), int(group.max()) + 1), quota)
+    rows = _Rows(inverse.repeat(len(w), 1, 1), w.clone(), off, group, quota)
     order = torch.empty(len(w), steps, dtype=torch.long)
     costs = torch.empty(len(w), steps, dtype=w.dtype)
-    for step in range(steps):
-        diagonal = h.diagonal(dim1=1, dim2=2)
-        cost = torch.where(off, -torch.inf, w.square() / (2 * diagonal))
-        closed = gone if group is None or left is None else gone | (left.gather(1, group) == 0)
-        pick = torch.where(closed, torch.inf, cost).argmin(1)
-        order[:, step], costs[:, step] = pick, cost[every, pick]
-        row = h[every, pick]
-        pivot = row[every, pick][:, None]
-        w -= w[every, pick][:, None] / pivot * row
-        h -= (row / pivot)[:, :, None] * row[:, None, :]
-        # Kept apart from all others: its row and column are 0 but for rounding.
-        h[every, pick], h[every, :, pick] = 0.0, 0.0
-        h[every, pick, pick], w[every, pick], gone[every, pick] = 1.0, 0.0, True
-        if group is not None and left is not None:
-            left[every, group[every, pick]] -= 1
+    for start in range(0, steps, _LAZY):
+        rows.remove(order[:, start : start + _LAZY], costs[:, start : start + _LAZY])
+        rows.shrink()
     return order, costs
+
+
+class _Rows:
+    """Rows of weights and their inverse matrices, from which one weight a row is removed at a time.
+
+    The matrices lag behind: a removal subtracts u u^T, u = row / sqrt(pivot), and up to _LAZY of
+    these are kept as vectors, from which the one row that a step reads is worked out; then they
+    are subtracted in one product. What is gone is cut out of the matrices now and then.
+    """
+
+    def __init__(self, h: Tensor, w: Tensor, off: Tensor, group: Tensor | None, quota: int) -> None:
+        """h: [rows, n, n]; w, off, group: [rows, n]."""
+        self.h, self.w, self.off = h, w, off
+        self.diagonal = h.diagonal(dim1=1, dim2=2).clone()
+        self.index = torch.arange(w.shape[1]).expand_as(w)
+        self.gone = torch.zeros_like(off)
+        self.group = group if group is not None else torch.zeros_like(self.index)
+        most = quota if group is not None else w.shape[1]
+        self.left = torch.full((len(w), int(self.group.max()) + 1), most)
+
+    def remove(self, order: Tensor, costs: Tensor) -> None:
+        """Make as many removals as `order` has columns; write them and what they cost."""
+        count, every = order.shape[1], torch.arange(len(self.w))
+        lazy = self.w.new_zeros(len(self.w), count, self.w.shape[1])
+        for step in range(count):
+            cost = self.w.square() / (2 * self.diagonal)
+            cost.masked_fill_(self.off, -torch.inf)
+            cost.masked_fill_(self.gone | (self.left.gather(1, self.group) == 0), torch.inf)
+            pick = cost.argmin(1)
+            order[:, step], costs[:, step] = self.index[every, pick], cost[every, pick]
+            before = lazy[:, :step]
+            row = self.h[every, pick] - (before[every, :, pick][:, None] @ before)[:, 0]
+            row.masked_fill_(self.gone, 0)
+            pivot = self.diagonal[every, pick][:, None]
+            row[every, pick] = pivot[:, 0]
+            self.w -= self.w[every, pick][:, None] / pivot * row
+            lazy[:, step] = row / pivot.sqrt()
+            self.diagonal -= lazy[:, step].square()
+            self.gone[every, pick] = True
+            self.w[every, pick], self.diagonal[every, pick] = 0.0, 1.0
+            self.left[every, self.group[every, pick]] -= 1
+        self.h.baddbmm_(lazy.transpose(1, 2), lazy, alpha=-1)
+
+    def shrink(self) -> None:
+        """Cut out what is gone, once it is a fifth."""
+        rows, width = self.gone.shape
+        left = width - int(self.gone[:1].sum())  # the same in every row
+        if left > 0.8 * width:
+            return
+        at = torch.nonzero(~self.gone)[:, 1].reshape(rows, left)
+        self.h = self.h.gather(1, at[:, :, None].expand(rows, left, width))
+        self.h = self.h.gather(2, at[:, None, :].expand(rows, left, left))
+        for name in ("w", "off", "diagonal", "index", "gone", "group"):
+            setattr(self, name, getattr(self, name).gather(1, at))

@@ -10,7 +10,7 @@ from prunus import quadratic
 from prunus.core import Context, Solver, Structure
 from prunus.errors import ValueRangeError
 from prunus.kinds import GRADIENTS, GRAM
-from prunus.solvers.units import chosen
+from prunus.solvers.units import chosen, trivial
 
 
 def least_squares(damping: float = 0.01) -> Solver:
@@ -57,7 +57,7 @@ def refitted(
     mask: Tensor, w: Tensor, at: Context, model: Callable[[], quadratic.Quadratic]
 ) -> tuple[Tensor, Tensor | None]:
     """Return the mask and the best weights on it; None if nothing goes or nothing stays."""
-    if not mask.numel() or bool(mask.all()) or not bool(mask.any()):
+    if trivial(mask):
         return mask, None
     fitted = quadratic.checked(model(), at)
     flat = mask.flatten().to(fitted.w.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,13 @@ from prunus.core import Site
 from prunus.drive.signals.patches import Inputs, inputs_of
 from prunus.drive.signals.sources import Sources, as_call, untouched
 from prunus.errors import SignalError, ValueRangeError
-from prunus.sites import evaluating
+from prunus.sites import biases_of, evaluating
 
 ROWS = 1 << 12
 """Rows of one float32 product; sums of products are float64."""
+
+SAMPLE = 1 << 10
+"""Rows of inputs that are kept as they are."""
 
 See = Callable[[str, Inputs], None]
 """(site name, what goes into its weight in this call)."""
@@ -33,6 +36,46 @@ def input_square(sources: Sources) -> dict[str, Tensor]:
 def gram(sources: Sources) -> dict[str, Tensor]:
     """Return E[x x^T] of the inputs of each weight, float64 [groups, columns, columns]."""
     return _means(sources, lambda x: x.transpose(1, 2) @ x)
+
+
+def input_mean(sources: Sources) -> dict[str, Tensor]:
+    """Return E[x_j] per column j of the weight's matrix, float64 [groups, columns]."""
+    return _means(sources, lambda x: x.sum(1))
+
+
+def input_rows(sources: Sources) -> dict[str, Tensor]:
+    """Return a uniform sample of what each weight is multiplied with, [groups, rows, columns].
+
+    At most SAMPLE rows, the same for the same data; all of them if there are no more.
+    """
+    chosen: dict[str, tuple[Tensor, Tensor]] = {}
+    draws = {name: torch.Generator().manual_seed(0) for name in sources.parameters}
+
+    def see(name: str, inputs: Inputs) -> None:
+        for patches in inputs.patches():
+            for rows in patches.split(ROWS, dim=1):
+                keys = torch.rand(rows.shape[1], dtype=torch.float64, generator=draws[name])
+                if name in chosen:
+                    rows = torch.cat([chosen[name][0], rows], dim=1)
+                    keys = torch.cat([chosen[name][1], keys])
+                best = keys.argsort()[:SAMPLE].sort().values
+                chosen[name] = rows[:, best].clone(), keys[best]
+
+    with watching(sources.model, sources.sites, sources.parameters, see):
+        run(sources)
+    _expect_reached(sources, chosen.keys())
+    return {site.name: chosen[site.name][0] for site in sources.sites}
+
+
+def bias(sources: Sources) -> dict[str, Tensor]:
+    """Return the bias of each site's layer, float64 [outputs]; zeros where there is none."""
+    found = {}
+    for site in sources.sites:
+        given = biases_of(sources.model, sources.parameters[site.name])
+        outputs = site.shape[1 if site.transposed else 0]
+        zeros = torch.zeros(outputs, dtype=torch.float64)
+        found[site.name] = given[0].detach().double() if given else zeros
+    return found
 
 
 def _means(sources: Sources, product: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -52,13 +95,17 @@ def _means(sources: Sources, product: Callable[[Tensor], Tensor]) -> dict[str, T
 
     with watching(sources.model, sources.sites, sources.parameters, see):
         run(sources)
+    _expect_reached(sources, {name for name, count in counts.items() if count})
+    return {site.name: totals[site.name].div_(counts[site.name]) for site in sources.sites}
+
+
+def _expect_reached(sources: Sources, seen: Set[str]) -> None:
     for site in sources.sites:
-        if not counts[site.name]:
+        if site.name not in seen:
             raise SignalError(
                 f"the calibration batches never reached {site.name!r} (shape {site.shape}), so "
                 f"nothing is known of its inputs; exclude it, or give batches that reach it"
             )
-    return {site.name: totals[site.name].div_(counts[site.name]) for site in sources.sites}
 
 
 def _total(inputs: Inputs, product: Callable[[Tensor], Tensor]) -> Tensor:

@@ -20,8 +20,8 @@ from torch.nn import functional
 LIMIT = 1 << 24
 """Elements of patches that are laid out at a time."""
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def inputs_of(module: nn.Module, parameter: str) -> Reader | None:
         return _linear
     if isinstance(module, nn.Bilinear):
         return _bilinear
-    if isinstance(module, _TRANSPOSED):
+    if isinstance(module, TRANSPOSED):
         return _transposed
-    return _convolution if isinstance(module, _CONVOLUTIONS) else None
+    return _convolution if isinstance(module, CONVOLUTIONS) else None
 
 
 def _whole(source: Tensor, rows: Tensor, key: tuple[Any, ...]) -> Inputs:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from prunus.core import Signals
+from prunus.drive.signals.factors import output_gram
 from prunus.drive.signals.fisher import gradient_square, gradients
 from prunus.drive.signals.flow import flow
 from prunus.drive.signals.gates import gate, importance, output_sensitivity, output_taylor
@@ -14,7 +15,7 @@ from prunus.drive.signals.gradient import gradient
 from prunus.drive.signals.hebb import coactivation
 from prunus.drive.signals.hessian import hessian, hessian_diagonal, hutchinson
 from prunus.drive.signals.hessian_gradient import hessian_gradient
-from prunus.drive.signals.inputs import gram, input_square
+from prunus.drive.signals.inputs import bias, gram, input_mean, input_rows, input_square
 from prunus.drive.signals.norms import norm_scale
 from prunus.drive.signals.outputs import (
     output_distinctness,
@@ -25,6 +26,7 @@ from prunus.drive.signals.outputs import (
 from prunus.drive.signals.sources import Sources, validation_loss
 from prunus.errors import SignalError
 from prunus.kinds import (
+    BIAS,
     COACTIVATION,
     FLOW,
     GATE,
@@ -37,9 +39,12 @@ from prunus.kinds import (
     HESSIAN_GRADIENT,
     HUTCHINSON,
     IMPORTANCE,
+    INPUT_MEAN,
+    INPUT_ROWS,
     INPUT_SQUARE,
     NORM_SCALE,
     OUTPUT_DISTINCTNESS,
+    OUTPUT_GRAM,
     OUTPUT_MAGNITUDE,
     OUTPUT_SENSITIVITY,
     OUTPUT_TAYLOR,
@@ -51,8 +56,12 @@ from prunus.kinds import (
 COLLECTORS: dict[str, Callable[[Sources], dict[str, Tensor]]] = {
     GRADIENT: gradient,
     FLOW: flow,
+    BIAS: bias,
     INPUT_SQUARE: input_square,
+    INPUT_MEAN: input_mean,
+    INPUT_ROWS: input_rows,
     GRAM: gram,
+    OUTPUT_GRAM: output_gram,
     GRADIENT_SQUARE: gradient_square,
     GRADIENTS: gradients,
     HESSIAN: hessian,
