@@ -19,6 +19,7 @@ from prunus.drive import attach
 from prunus.drive.checkpoint import from_blob, to_blob
 from prunus.drive.progress import Progress, shown
 from prunus.drive.records import random_state, read_record, set_random_state, write_record
+from prunus.drive.rewrite import write
 from prunus.drive.signals import Loss, Sources, collect
 from prunus.errors import ValueRangeError
 from prunus.methods.fixed import fixed
@@ -213,9 +214,8 @@ class Rounds:
             signals = collect(needs, sources)
             result = self.method.update(state, found, sites.weights(dict(parameters)), signals)
             state = result.state
+            write(sites.unwrap(self.model), found, parameters, result)
             with torch.no_grad():
-                for name, value in result.weights.items():
-                    parameters[name].copy_(value)
                 for name, mask in state.masks.items():
                     parameters[name].masked_fill_(~mask, 0)
         return replace(state, step=step + 1, round=0)

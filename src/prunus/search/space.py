@@ -116,7 +116,8 @@ class Space:
         return -value if self.maximize else value
 
     def _judged(self, found: Sequence[sites_.Site], sparsities: Mapping[str, float]) -> float:
-        parameters = sites_.parameters(self.model, found)
+        # all parameters: a solver may shift biases, too
+        parameters = dict(sites_.unwrap(self.model).named_parameters())
         backup = {name: p.detach().clone() for name, p in parameters.items()}
         allocation = allocations.overrides(allocations.uniform(), sparsities)
         try:
