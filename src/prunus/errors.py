@@ -61,3 +61,7 @@ class FormatError(PrunusError, ValueError):
 
 class RecipeError(PrunusError, ValueError):
     """A recipe is wrong; the message names file, line and the allowed values."""
+
+
+class MissingPackageError(PrunusError, ImportError):
+    """An optional package is not installed; the message names the command that installs it."""

@@ -195,7 +195,7 @@ def _grain(layout: tuple[int, int, int]) -> int:
 
 def _kept(site: Site, state: State) -> int:
     mask = state.masks.get(site.name)
-    return site.size if mask is None else int(mask.sum())
+    return site.size if mask is None else int(mask.count_nonzero())
 
 
 def _units_kept(slots: Slots, at: Context, layout: tuple[int, int, int]) -> int:
@@ -277,14 +277,12 @@ def _check_reached(
 ) -> None:
     """Raise TargetError if the kept weights miss the target by more than one unit."""
     total = sum(site.size for site in sites)
-    kept = sum(int(masks[s.name].sum()) if s.name in masks else s.size for s in sites)
+    kept = sum(int(masks[s.name].count_nonzero()) if s.name in masks else s.size for s in sites)
     wanted = (1.0 - sparsity) * total
     grain = max(_grain(layouts[site.name]) for site in sites)
     if abs(kept - wanted) > grain * (1 + 1e-6):
-        offs = ", ".join(
-            f"{s.name} {(1 - int(masks[s.name].sum()) / s.size if s.name in masks else 0.0):.4f}"
-            for s in sites
-        )
+        left = {s.name: int(masks[s.name].count_nonzero()) for s in sites if s.name in masks}
+        offs = ", ".join(f"{s.name} {1 - left.get(s.name, s.size) / s.size:.4f}" for s in sites)
         raise TargetError(
             f"asked for a sparsity of {sparsity:.6g}, reached {1 - kept / max(1, total):.6g} "
             f"(one unit is {grain} of {total} weights); sites: {offs}"

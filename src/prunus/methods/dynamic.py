@@ -10,9 +10,11 @@ from prunus.combine import then
 from prunus.compose import compose
 from prunus.core import Allocation, Score, Sparsifier, Structure, check_steps
 from prunus.kinds import GRADIENT
+from prunus.methods.origin import at_initialisation
 from prunus.methods.pruning import gradual_magnitude
 
 
+@at_initialisation
 def set_(
     sparsity: float,
     steps: int,
@@ -42,6 +44,7 @@ def set_(
     )
 
 
+@at_initialisation
 def rigl(
     sparsity: float,
     steps: int,
@@ -72,6 +75,7 @@ def rigl(
     )
 
 
+@at_initialisation
 def itop(
     sparsity: float,
     steps: int,
@@ -101,6 +105,7 @@ def itop(
     )
 
 
+@at_initialisation
 def sparse_momentum(
     sparsity: float,
     steps: int,
@@ -130,6 +135,7 @@ def sparse_momentum(
     )
 
 
+@at_initialisation
 def granet(
     sparsity: float,
     steps: int,
@@ -163,6 +169,7 @@ def granet(
     )
 
 
+@at_initialisation
 def mest(
     sparsity: float,
     steps: int,
@@ -179,7 +186,8 @@ def mest(
     Only gradients of what is kept are read, so the training stays sparse throughout. gradient: the
     weight of the gradient. fraction: exchanged at first, decreasing to 0. Default: uniform.
     Source: Yuan et al. 2021, arXiv 2110.14032.
-    Differs: the fraction decays by a cosine instead of in stages; without the soft memory bound.
+    Differs: the fraction decays by a cosine instead of in stages; without the soft memory bound;
+    the authors' code has gradient = 0 as its default.
     """
     check_steps(steps=steps)
     end = max(1, int(steps * stop))
@@ -199,6 +207,7 @@ def mest(
     )
 
 
+@at_initialisation
 def nest(
     sparsity: float,
     steps: int,

@@ -6,6 +6,7 @@ from prunus import allocations, schedules, scores
 from prunus.compose import compose
 from prunus.core import Allocation, Sparsifier, Structure, check_steps
 from prunus.errors import ValueRangeError
+from prunus.methods.origin import at_initialisation
 
 
 def one_shot_magnitude(
@@ -62,6 +63,7 @@ def gradual_magnitude(
     )
 
 
+@at_initialisation
 def random_pruning(
     sparsity: float,
     *,
@@ -82,6 +84,7 @@ def random_pruning(
     )
 
 
+@at_initialisation
 def snip(
     sparsity: float,
     *,
@@ -102,6 +105,7 @@ def snip(
     )
 
 
+@at_initialisation
 def synflow(
     sparsity: float,
     *,

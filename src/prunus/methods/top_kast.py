@@ -21,8 +21,10 @@ from prunus.core import (
 )
 from prunus.errors import CompositionError, ValueRangeError
 from prunus.kinds import RESERVE
+from prunus.methods.origin import at_initialisation
 
 
+@at_initialisation
 def top_kast(
     sparsity: float,
     steps: int,

@@ -70,7 +70,7 @@ def decide(model: nn.Module, calls: Calls, options: Options) -> tuple[Plan, dict
         elif options.choose is not None:
             row = _chosen(options, layer, ways)
         else:
-            row = _measured(layer, module, calls[name], ways, options)
+            row = measured(layer, module, calls[name], ways, options)
         if row.switch or row.choice != DENSE:
             twins[name] = _built(row, module, ways)
         rows.append(row)
@@ -117,7 +117,7 @@ def _built(row: Row, module: nn.Module, ways: Mapping[str, Candidate]) -> Fusing
     return Switch(int(width), built, row.switch)  # pyright: ignore[reportArgumentType]
 
 
-def _measured(
+def measured(
     layer: Layer,
     module: nn.Module,
     calls: Mapping[Call, int],
