@@ -1,4 +1,4 @@
-"""Bitmap blobs: a packed weight with one bit per position, for few columns of X and lower precision.
+"""Bitmap blobs: a packed weight with one bit per position, for few columns of X.
 
 Layout (little-endian): the 64-byte header, then sections aligned to 64 bytes: group offsets uint32
 [groups + 1]; for int8 the scales float32 and sums int32 [16·groups], one per row; masks uint64

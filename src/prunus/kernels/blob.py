@@ -19,7 +19,7 @@ from prunus.formats.csr import MAX_NONZEROS, check_compressed
 from prunus.formats.packed import matrix_shape
 from prunus.formats.table import check
 from prunus.kernels import bitmap, header
-from prunus.kernels.header import MAGIC, MAX_SIDE, VERSION, BlobInfo
+from prunus.kernels.header import MAX_SIDE, VERSION, BlobInfo
 from prunus.kernels.header import align as _align
 
 CSR_F32 = header.NUMBERS["csr_f32"]
@@ -53,8 +53,8 @@ def pack(
 
     weight: float32, or float16 and bfloat16 (Packed), which widen exactly. block: columns per
     block of csr_f32, 1 to 65536; None is the fastest on average. kind: csr_f32, bitmap_f32,
-    bitmap_bf16 or bitmap_i8 (one scale per row); the last two round. Raises ShapeError, ValueRangeError and
-    FormatError.
+    bitmap_bf16 or bitmap_i8 (one scale per row); the last two round. Raises ShapeError,
+    ValueRangeError and FormatError.
     """
     if isinstance(weight, Packed):
         shape, rows, columns, values = _from_packed(weight)

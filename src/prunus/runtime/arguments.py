@@ -17,7 +17,6 @@ from prunus.runtime.candidates import PRECISIONS
 from prunus.runtime.decide import Options
 
 
-
 def checked(model: Any, example: Any, threads: Any, options: Options) -> Options:
     """The options with the number of threads; ValueRangeError or ShapeError for what is wrong."""
     _expect_model(model)
