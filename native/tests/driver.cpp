@@ -11,7 +11,7 @@
 #include "dispatch.h"
 #include "run.h"
 #include "sddmm.h"
-#include "tests/bitmap.h"
+#include "tests/bitmap_cases.h"
 
 using namespace prunus;
 

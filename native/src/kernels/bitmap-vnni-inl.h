@@ -5,13 +5,19 @@
 constexpr int64_t kMostIntegers = 32767;
 constexpr float kLeastPeak = 1e-30f;  // of a column of X that integers can stand for
 
-// sum += the products of four unsigned bytes of x with four signed ones of w, in each lane. Written
+// sum + the products of four unsigned bytes of x with four signed ones of w, in each lane. Written
 // out, as GCC 12 copies the sums around its intrinsic.
-inline void dot_bytes(__m512i& sum, const uint32_t* x, __m512i w) {
+inline __m512i dot_bytes(__m512i sum, const uint32_t* x, __m512i w) {
   const __m512i four = _mm512_set1_epi32(static_cast<int>(*x));
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(four), "v"(w));
+  return sum;
 }
 
+inline __m512i spread_bytes(const int8_t* from, uint64_t mask) {
+  return _mm512_maskz_expand_epi8(mask, apart(_mm512_loadu_si512(from)));
+}
+
+// high[j] = start + sum w h and low[j] = sum w l of column j, with integers that quantise made.
 template <int N>
 inline void multiply_bytes(const uint64_t* masks, int64_t quads, const int8_t* values,
                            const uint32_t* x, __m512i start, __m512i (&high)[N],
@@ -23,29 +29,28 @@ inline void multiply_bytes(const uint64_t* masks, int64_t quads, const int8_t* v
       highs[chain][j] = chain == 0 ? start : _mm512_setzero_si512();
       lows[chain][j] = _mm512_setzero_si512();
     }
-  const auto step = [&](int64_t q, int chain) {
-    const __m512i packed = apart(_mm512_loadu_si512(values));
-    const __m512i w = _mm512_maskz_expand_epi8(masks[q], packed);
-    values += count_bits(masks[q]);
-#pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) {
-      dot_bytes(highs[chain][j], x + 2 * j, w);
-      dot_bytes(lows[chain][j], x + 2 * j + 1, w);
-    }
-    x += 2 * N;
-  };
   int64_t q = 0;
   for (; q + kChains <= quads; q += kChains)
 #pragma GCC unroll 2
-    for (int chain = 0; chain < kChains; ++chain) step(q + chain, chain);
-  if (q < quads) step(q, 0);
-  for (int j = 0; j < N; ++j) {
-    high[j] = highs[0][j];
-    low[j] = lows[0][j];
-    if (kChains == 2) {
-      high[j] = _mm512_add_epi32(high[j], highs[kChains - 1][j]);
-      low[j] = _mm512_add_epi32(low[j], lows[kChains - 1][j]);
+    for (int chain = 0; chain < kChains; ++chain, x += 2 * N) {
+      const __m512i w = spread_bytes(values, masks[q + chain]);
+      values += count_bits(masks[q + chain]);
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) {
+        highs[chain][j] = dot_bytes(highs[chain][j], x + 2 * j, w);
+        lows[chain][j] = dot_bytes(lows[chain][j], x + 2 * j + 1, w);
+      }
     }
+  const __m512i rest = q < quads ? spread_bytes(values, masks[q]) : _mm512_setzero_si512();
+#pragma GCC unroll 16
+  for (int j = 0; j < N; ++j) {
+    __m512i last_high = highs[kChains - 1][j], last_low = lows[kChains - 1][j];
+    if (kChains == 2 && q < quads) {
+      last_high = dot_bytes(last_high, x + 2 * j, rest);
+      last_low = dot_bytes(last_low, x + 2 * j + 1, rest);
+    }
+    high[j] = kChains == 2 ? _mm512_add_epi32(highs[0][j], last_high) : last_high;
+    low[j] = kChains == 2 ? _mm512_add_epi32(lows[0][j], last_low) : last_low;
   }
 }
 
