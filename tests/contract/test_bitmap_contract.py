@@ -81,7 +81,9 @@ def test_nan_and_infinity_follow_stored_weights_only(kind, isa):
         y = kernels.linear(blob, x, isa=isa)
         stored = stands_for != 0
         with np.errstate(invalid="ignore"):
-            rows = [x[:, s].astype(np.float64) @ w[s] for w, s in zip(stands_for, stored, strict=True)]
+            rows = [
+                x[:, s].astype(np.float64) @ w[s] for w, s in zip(stands_for, stored, strict=True)
+            ]
         exact = np.stack(rows, axis=1)
         np.testing.assert_allclose(y, exact, rtol=1e-3, atol=1e-3)
         assert np.isnan(y).any()

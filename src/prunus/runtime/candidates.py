@@ -54,7 +54,7 @@ TABLE = (
         BITMAP_INT8,
         LINEAR,
         lambda module: bitmap_layer(module, "bitmap_i8"),
-        fits=lambda module: bool(torch.isfinite(module.weight).all()),
+        fits=lambda module: is_finite(module.weight),
         dtype=torch.int8,
     ),
     Candidate(
@@ -230,6 +230,11 @@ def bitmap_layer(module: nn.Module, kind: str) -> SparseLinear:
     """The packed twin of a linear layer with one bit per position."""
     assert isinstance(module, nn.Linear)
     return SparseLinear.from_dense(module, kind)
+
+
+def is_finite(weight: Any) -> bool:
+    """Whether no weight is NaN or infinite, which int8 cannot hold."""
+    return bool(torch.isfinite(weight).all())
 
 
 def dense_layer(module: nn.Module, dtype: torch.dtype = torch.float32) -> DenseLayer:
