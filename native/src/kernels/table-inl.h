@@ -1,5 +1,10 @@
 // The kernels under the names of kernels.def; each instruction set's table lists them.
 
+void spmm_tokens_f32(const Task& task) { spmm<Tokens>(task); }
+void spmm_planes_f32(const Task& task) { spmm<Planes>(task); }
+void spmv_f32(const Task& task) { spmv(task); }
+void conv_f32(const Task& task) { conv(task); }
+
 #include "bitmap-inl.h"
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 #include "bitmap-vnni-inl.h"
@@ -9,7 +14,3 @@ void bitmap_i8(const Task& task) { multiply_bitmap<int8_t>(task); }
 
 void bitmap_f32(const Task& task) { multiply_bitmap<float>(task); }
 void bitmap_bf16(const Task& task) { multiply_bitmap<uint16_t>(task); }
-void spmm_tokens_f32(const Task& task) { spmm<Tokens>(task); }
-void spmm_planes_f32(const Task& task) { spmm<Planes>(task); }
-void spmv_f32(const Task& task) { spmv(task); }
-void conv_f32(const Task& task) { conv(task); }

@@ -19,9 +19,11 @@ from prunus.formats.csr import MAX_NONZEROS, check_compressed
 from prunus.formats.packed import matrix_shape
 from prunus.formats.table import check
 from prunus.kernels import bitmap, header
-from prunus.kernels.header import MAX_SIDE, VERSION, BlobInfo
+from prunus.kernels.header import MAX_SIDE, BlobInfo
 from prunus.kernels.header import align as _align
 
+MAGIC = header.MAGIC
+VERSION = header.VERSION
 CSR_F32 = header.NUMBERS["csr_f32"]
 MAX_BLOCK = 1 << 16
 # Measured on Zen 5 with 1024 to 2048 columns: blocks of 256 to 512 columns gain a tenth at 90%
