@@ -11,7 +11,16 @@ struct Tile {
 constexpr int kMostColumns = kLanes == 16 ? kBitmapPanel : 4;
 static_assert(kMostColumns <= kLanes, "columns of X are transposed in one block");
 
-inline int64_t count_bits(uint64_t mask) { return __builtin_popcountll(mask); }
+inline int64_t count_bits(uint64_t mask) {
+#if defined(__POPCNT__)
+  return __builtin_popcountll(mask);
+#else  // without the instruction it would be a call into the compiler's library
+  mask -= mask >> 1 & 0x5555555555555555u;
+  mask = (mask & 0x3333333333333333u) + (mask >> 2 & 0x3333333333333333u);
+  mask = (mask + (mask >> 4)) & 0x0F0F0F0F0F0F0F0Fu;
+  return static_cast<int64_t>(mask * 0x0101010101010101u >> 56);
+#endif
+}
 
 inline float widen(float value) { return value; }
 inline float widen(int8_t value) { return value; }
