@@ -44,6 +44,8 @@ struct Task {
   const float* g;  // of a sampled product: the other factor, ldg floats between its rows
   int64_t ldg;
   const int64_t* places;  // of a sampled product: where each column of W begins in x, or null
+  const struct BitmapWeight* bitmap;  // of a bitmap-packed product, whose panels have
+  int64_t panel;                      // this many columns of X
   float* workspace;  // 64-byte aligned, workspace_floats() long
 };
 
@@ -84,6 +86,7 @@ extern const Kernels kernels_scalar;
 #ifdef PRUNUS_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_vnni;
 #endif
 
 }  // namespace prunus

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bitmap.h"
 #include "blob.h"
 #include "dispatch.h"
 #include "run.h"
@@ -39,19 +40,18 @@ void check_floats(const char* name, uintptr_t address, bool needed) {
     bad_value(std::string("the address of ") + name + " is null or not 4-byte aligned");
 }
 
-Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
-                  uintptr_t residual, uint32_t flags, int threads, int isa) {
-  checked_blob(blob);
+// All of a call but its weight.
+Call checked_options(uint64_t rows, uint64_t cols, uintptr_t x, uintptr_t y, int64_t n,
+                     uintptr_t bias, uintptr_t residual, uint32_t flags, int threads, int isa) {
   Call call{};
-  call.w = open_blob(reinterpret_cast<const void*>(blob));
   if (n < 0 || n > INT32_MAX || threads < 1)
     bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
   if (flags > kRelu6 || (flags & (flags - 1)) != 0)
     bad_value(
         "unknown flags; known: one of 1 (ReLU), 2 (GELU), 4 (GELU by tanh), 8 (SiLU), 16 (ReLU6)");
   if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
-  check_floats("x", x, n > 0 && call.w.cols > 0);
-  check_floats("y", y, n > 0 && call.w.rows > 0);
+  check_floats("x", x, n > 0 && cols > 0);
+  check_floats("y", y, n > 0 && rows > 0);
   check_floats("the bias", bias, false);
   check_floats("the residual", residual, false);
   call.x = reinterpret_cast<const float*>(x);
@@ -65,6 +65,14 @@ Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t
   return call;
 }
 
+Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
+                  uintptr_t residual, uint32_t flags, int threads, int isa) {
+  const BlobHeader& h = checked_blob(blob);
+  Call call = checked_options(h.rows, h.cols, x, y, n, bias, residual, flags, threads, isa);
+  call.w = open_blob(reinterpret_cast<const void*>(blob));
+  return call;
+}
+
 void execute(const Call& call) {
   bool ok;
   {
@@ -74,8 +82,22 @@ void execute(const Call& call) {
   if (!ok) throw std::bad_alloc();
 }
 
+void bitmap_ptr(uintptr_t blob, const Call& call) {
+  bool ok;
+  {
+    nb::gil_scoped_release release;
+    ok = run_bitmap({open_bitmap(reinterpret_cast<const void*>(blob)), call.x, call.y, call.n,
+                     call.bias, call.residual, call.flags, call.threads, call.kernels});
+  }
+  if (!ok) throw std::bad_alloc();
+}
+
 void linear_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
                 uint32_t flags, int threads, int isa, uintptr_t residual) {
+  if (blob != 0 && blob % 8 == 0 && is_bitmap(*reinterpret_cast<const BlobHeader*>(blob)))
+    return bitmap_ptr(blob, checked_options(reinterpret_cast<const BlobHeader*>(blob)->rows,
+                                            reinterpret_cast<const BlobHeader*>(blob)->cols, x, y,
+                                            n, bias, residual, flags, threads, isa));
   Call call = checked_call(blob, x, y, n, bias, residual, flags, threads, isa);
   call.layout = Layout::tokens;
   call.ldx = call.w.cols;

@@ -1,6 +1,7 @@
 // AVX2 and FMA: 8 lanes.
 #include <immintrin.h>
 
+#include "bitmap.h"
 #include "kernel.h"
 
 namespace prunus {

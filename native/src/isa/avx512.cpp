@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL, DQ): 16 lanes.
+// AVX-512 (F, BW, VL, DQ): 16 lanes. avx512_vnni.cpp compiles it again with more instructions.
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operands inside its own intrinsics for mistakes (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -6,7 +6,13 @@
 #endif
 #include <immintrin.h>
 
+#include "bitmap.h"
 #include "kernel.h"
+
+#ifndef PRUNUS_TABLE
+#define PRUNUS_TABLE kernels_avx512
+#define PRUNUS_ISA_NAME "avx512"
+#endif
 
 namespace prunus {
 namespace {
@@ -96,8 +102,8 @@ inline void transpose(Vec (&b)[kLanes]) {
 
 }  // namespace
 
-const Kernels kernels_avx512 = {
-    "avx512",
+const Kernels PRUNUS_TABLE = {
+    PRUNUS_ISA_NAME,
     kPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"

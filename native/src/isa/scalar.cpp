@@ -1,6 +1,7 @@
 // Plain C++: runs everywhere, and is the body that a new compiler or CPU starts from.
 #include <string.h>
 
+#include "bitmap.h"
 #include "kernel.h"
 
 namespace prunus {

@@ -4,3 +4,13 @@ void spmm_tokens_f32(const Task& task) { spmm<Tokens>(task); }
 void spmm_planes_f32(const Task& task) { spmm<Planes>(task); }
 void spmv_f32(const Task& task) { spmv(task); }
 void conv_f32(const Task& task) { conv(task); }
+
+#include "bitmap-inl.h"
+#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#include "bitmap-vnni-inl.h"
+#else
+void bitmap_i8(const Task& task) { multiply_bitmap<int8_t>(task); }
+#endif
+
+void bitmap_f32(const Task& task) { multiply_bitmap<float>(task); }
+void bitmap_bf16(const Task& task) { multiply_bitmap<uint16_t>(task); }

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import PrunusError, ShapeError, ValueRangeError
+from prunus.runtime.candidates import PRECISIONS
 from prunus.runtime.decide import Options
-
-ALLOWED = (torch.float32, torch.bfloat16)
 
 
 def checked(model: Any, example: Any, threads: Any, options: Options) -> Options:
@@ -29,9 +28,10 @@ def checked(model: Any, example: Any, threads: Any, options: Options) -> Options
     minimum = options.minimum_sparsity
     if not isinstance(minimum, (int, float)) or not 0 <= minimum <= 1 or math.isnan(minimum):
         raise ValueRangeError(f"minimum_sparsity is {minimum!r}, expected a number from 0 to 1")
-    if options.dtype not in ALLOWED:
+    if options.dtype not in PRECISIONS:
         raise ValueRangeError(
-            f"dtype is {options.dtype!r}, expected torch.float32, or torch.bfloat16 to allow both"
+            f"dtype is {options.dtype!r}, expected torch.float32, torch.bfloat16 or "
+            f"torch.int8; each also allows those before it"
         )
     if options.choose is not None and not callable(options.choose):
         raise ValueRangeError(

@@ -14,10 +14,13 @@ from prunus.errors import ShapeError
 from prunus.runtime.dense import DenseLayer
 from prunus.runtime.epilogue import Fusing
 from prunus.runtime.modules import SparseConv2d, SparseLinear
-from prunus.runtime.plan import DENSE_BF16, SPARSE, Layer
+from prunus.runtime.plan import BITMAP, BITMAP_BF16, BITMAP_INT8, DENSE_BF16, SPARSE, Layer
 
 KINDS = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
 BOTH = frozenset(KINDS.values())
+LINEAR = frozenset({"linear"})
+PRECISIONS = (torch.float32, torch.bfloat16, torch.int8)
+"""What weights may be rounded to; each allows those before it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,20 @@ class Candidate:
 # One row per way. The first sparse one that is no slower than the others is taken.
 TABLE = (
     Candidate(SPARSE, BOTH, lambda module: pack_layer(module)),
+    Candidate(BITMAP, LINEAR, lambda module: bitmap_layer(module, "bitmap_f32")),
+    Candidate(
+        BITMAP_BF16,
+        LINEAR,
+        lambda module: bitmap_layer(module, "bitmap_bf16"),
+        dtype=torch.bfloat16,
+    ),
+    Candidate(
+        BITMAP_INT8,
+        LINEAR,
+        lambda module: bitmap_layer(module, "bitmap_i8"),
+        fits=lambda module: is_finite(module.weight),
+        dtype=torch.int8,
+    ),
     Candidate(
         DENSE_BF16,
         BOTH,
@@ -52,10 +69,11 @@ TABLE = (
 
 def ways_of(layer: Layer, module: nn.Module, dtype: torch.dtype) -> dict[str, Candidate]:
     """{name: row} of what can run this layer with weights of this precision, or better."""
+    allowed = PRECISIONS[: PRECISIONS.index(dtype) + 1]
     return {
         way.name: way
         for way in TABLE
-        if layer.kind in way.kinds and way.dtype in (torch.float32, dtype) and way.fits(module)
+        if layer.kind in way.kinds and way.dtype in allowed and way.fits(module)
     }
 
 
@@ -206,6 +224,17 @@ def pack_layer(module: nn.Module) -> SparseLinear | SparseConv2d:
     if isinstance(module, nn.Linear):
         return SparseLinear.from_dense(module)
     raise ShapeError(f"{type(module).__name__} has no sparse twin")
+
+
+def bitmap_layer(module: nn.Module, kind: str) -> SparseLinear:
+    """The packed twin of a linear layer with one bit per position."""
+    assert isinstance(module, nn.Linear)
+    return SparseLinear.from_dense(module, kind)
+
+
+def is_finite(weight: Any) -> bool:
+    """Whether no weight is NaN or infinite, which int8 cannot hold."""
+    return bool(torch.isfinite(weight).all())
 
 
 def dense_layer(module: nn.Module, dtype: torch.dtype = torch.float32) -> DenseLayer:

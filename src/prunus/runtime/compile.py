@@ -18,7 +18,7 @@ from prunus.runtime.decide import Choose, Options, decide
 from prunus.runtime.epilogue import Fusing
 from prunus.runtime.measure import thread_count
 from prunus.runtime.plan import Plan, Row
-from prunus.runtime.verify import BF16, FP32, difference, expect_same, same_randomness
+from prunus.runtime.verify import TOLERANCES, difference, expect_same, same_randomness
 from prunus.runtime.whole import Build, Form, whole
 from prunus.sites import unwrap
 
@@ -51,7 +51,8 @@ def compile(
     the example. Packed linear layers of one module that read the same tensor become one, where that
     is faster; their outputs are views of its output.
     threads: what to measure with (None: torch.get_num_threads()).
-    dtype: torch.bfloat16 also allows weights and dense layers in bfloat16, where they win.
+    dtype: torch.bfloat16 also allows weights and dense layers in bfloat16, where they win;
+    torch.int8 allows weights in int8, too, with one scale per row.
     duplicate_weights: a layer whose fastest way differs between sizes of its input may hold its
     weight once per way; otherwise it takes the best on the whole, and holds the weight once.
     choose(layer) -> "csr" or "dense" decides instead of the clock; `Plan.choose` is one.
@@ -76,7 +77,7 @@ def compile(
         made = functools.partial(_made, base, apart, merged)
         if verify and swaps:
             forms = (assemble(model, {}, share=True), made(Form(True, merged=True)))
-            tolerance = FP32 if dtype == torch.float32 else BF16
+            tolerance = TOLERANCES[dtype]
             expect_same(*forms, twins, example, assemble(base, {}, share=True), tolerance)
         plan, form = _form(made, example, plan, options, bool(swaps), bool(merged.groups))
     rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
@@ -108,7 +109,7 @@ def _form(
     made: Build, example: Any, plan: Plan, options: Options, swaps: bool, merges: bool
 ) -> tuple[Plan, Form]:
     """The form to take: by the clock, by an older plan, or as the caller chose the layers."""
-    half = options.dtype == torch.bfloat16
+    half = options.dtype != torch.float32
     if options.choose is None:
         return whole(made, example, plan, swaps=swaps, merges=merges, half=half)
     old = options.replayed

@@ -28,9 +28,9 @@ class SparseLinear(PackedWeight):
         self.out_features, self.in_features = rows, columns
 
     @classmethod
-    def from_dense(cls, module: nn.Linear) -> SparseLinear:
-        """Pack the non-zeros of a dense layer."""
-        return cls(pack_weight(module.weight), _copied(module.bias))
+    def from_dense(cls, module: nn.Linear, kind: str = "csr_f32") -> SparseLinear:
+        """Pack the non-zeros of a dense layer; kind as in `kernels.pack`, bf16 and int8 round."""
+        return cls(pack_weight(module.weight, kind=kind), _copied(module.bias))
 
     def to_dense(self) -> nn.Linear:
         """The same layer as nn.Linear, in eval mode, without a fused activation."""

@@ -9,6 +9,9 @@ from typing import Any
 SPARSE = "csr"
 DENSE = "dense"
 DENSE_BF16 = "dense bf16"
+BITMAP = "bitmap"
+BITMAP_BF16 = "bitmap bf16"
+BITMAP_INT8 = "bitmap int8"
 
 
 @dataclasses.dataclass(frozen=True)

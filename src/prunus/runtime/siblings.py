@@ -71,7 +71,11 @@ def merge(
     if options.choose is not None and old is None:
         return apart
     model = assemble(base, swaps, forwards, share=True)
-    found = [group for group in groups(model, example) if set(group.names) <= set(swaps)]
+    found = [
+        group
+        for group in groups(model, example)
+        if set(group.names) <= set(swaps) and len({_kind(swaps[name]) for name in group.names}) == 1
+    ]
     if old is not None:
         found = [group for group in found if group.names in old.merged]
     if not found:
@@ -202,6 +206,10 @@ def _mergeable(module: nn.Module) -> bool:
     return type(module) is SparseLinear and not module.activation
 
 
+def _kind(layer: nn.Module) -> str:
+    return layer.kind if isinstance(layer, SparseLinear) else ""
+
+
 def parts_of(layers: Sequence[nn.Module]) -> list[part.LinearPart]:
     """Parts of one layer with the rows of all."""
     twins = [layer for layer in layers if isinstance(layer, SparseLinear)]
@@ -214,7 +222,8 @@ def parts_of(layers: Sequence[nn.Module]) -> list[part.LinearPart]:
         none = [weight.new_zeros(twin.out_features) for twin in twins]
         biases = [zeros if t.bias is None else t.bias for t, zeros in zip(twins, none, strict=True)]
         dense.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
-    return part.split(SparseLinear.from_dense(dense), [twin.out_features for twin in twins])
+    merged = SparseLinear.from_dense(dense, twins[0].kind)
+    return part.split(merged, [twin.out_features for twin in twins])
 
 
 class _Family(nn.Module):
@@ -280,7 +289,8 @@ def _facts(layer: nn.Module) -> dict[str, Any]:
     """What the time of a packed layer depends on."""
     assert isinstance(layer, SparseLinear)
     pattern = candidates.pattern_of(layer.weight)
-    return {"shape": list(layer.weight_shape), "kept": round(1 - layer.sparsity, 3), **pattern}
+    kept = round(1 - layer.sparsity, 3)
+    return {"shape": list(layer.weight_shape), "kind": layer.kind, "kept": kept, **pattern}
 
 
 def _agree(apart: nn.Module, merged: nn.Module, example: Any) -> bool:

@@ -24,6 +24,9 @@ class Tolerance(NamedTuple):
 FP32 = Tolerance(1e-3, 1e-4)
 # A bfloat16 weight or input is off by up to 2^-9 of itself; errors of many layers add up.
 BF16 = Tolerance(0.05, 0.05)
+# An int8 weight is off by up to 1/254 of the largest one of its row.
+INT8 = Tolerance(0.1, 0.1)
+TOLERANCES = {torch.float32: FP32, torch.bfloat16: BF16, torch.int8: INT8}
 
 
 class VerificationError(PrunusError, RuntimeError):
