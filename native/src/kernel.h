@@ -12,9 +12,6 @@ enum : uint32_t { kRelu = 1u, kGelu = 2u, kGeluTanh = 4u, kSilu = 8u, kRelu6 = 1
 // Task::flags of a sampled product: add to what is in the output.
 constexpr uint32_t kAccumulate = 1u << 16;
 
-// A sampled product that reads x in place takes multiples of this many columns.
-constexpr int64_t kLongestSum = 128;
-
 // Row ranges given to a kernel start at multiples of this many rows.
 constexpr int64_t kRowGroup = 16;
 
@@ -43,7 +40,6 @@ struct Task {
   const Conv* conv;  // null but for convolutions
   const float* g;  // of a sampled product: the other factor, ldg floats between its rows
   int64_t ldg;
-  const int64_t* places;  // of a sampled product: where each column of W begins in x, or null
   float* workspace;  // 64-byte aligned, workspace_floats() long
 };
 
@@ -97,10 +93,19 @@ static inline int64_t conv_chunks(const Weight& w, int64_t chunk) {
   return chunk == 0 ? 1 : (w.cols + chunk - 1) / chunk;
 }
 
+static inline int64_t conv_columns_floats(const Weight& w, const Conv& c, int64_t panel) {
+  return (w.cols + 15) / 16 * 16 + w.rows * (conv_chunks(w, conv_chunk(w, c, panel)) + 1);
+}
 static inline int64_t conv_workspace_floats(const Weight& w, const Conv& c, int64_t panel) {
-  const int64_t cuts = w.rows * (conv_chunks(w, conv_chunk(w, c, panel)) + 1);
   return conv_panel_floats(c) + conv_tile_floats(panel) + conv_runs_floats(c, panel) +
-         (w.cols + 15) / 16 * 16 + cuts;
+         conv_columns_floats(w, c, panel);
+}
+
+// As for a convolution, but the tile holds the output's gradient of two panels.
+static inline int64_t grad_tile_floats(int64_t panel) { return kTileRows * 2 * panel + 16; }
+static inline int64_t grad_workspace_floats(const Weight& w, const Conv& c, int64_t panel) {
+  return conv_panel_floats(c) + grad_tile_floats(panel) + conv_runs_floats(c, panel) +
+         conv_columns_floats(w, c, panel);
 }
 
 extern const Kernels kernels_scalar;

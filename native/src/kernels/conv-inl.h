@@ -19,6 +19,7 @@ struct Shifted {
   int64_t first_group, group_rows, group_floats;
 
   const float* row(uint16_t column) const { return panel + offsets[column]; }
+  const float* operator()(uint16_t column) const { return row(column); }
 
   Shifted part(const Weight& w, uint32_t b, int64_t row) const {
     // No division where there is one group.
@@ -246,6 +247,24 @@ inline void conv_rows(const Task& task, const Shifted& source, const Cuts& cuts,
   scatter_pixels<V>(task, runs, last, begin, end, tile);
 }
 
+// Fills `count` positions from `first` on with the input of some groups, from the first on; returns
+// the end of its list of runs.
+inline Run* fill_panel(const Task& task, int64_t first, int64_t count, int64_t first_group,
+                       int64_t last_group, Run* inputs) {
+  const Conv& c = *task.conv;
+  const int64_t group_channels = c.channels / c.groups, stride = conv_copies(c) * c.length;
+  const int64_t reach = c.down.shift * c.across.extent + c.across.shift;
+  Run* end = list_inputs(c, first, count + reach, inputs);
+  const int64_t until = (last_group + 1) * group_channels;
+  for (int64_t i = first_group * group_channels; i < until; ++i) {
+    if (c.far && i + kAhead < until)
+      fetch_channel(c, task.x + (i + kAhead) * task.ldx, inputs, end);
+    fill_channel(c, task.x + i * task.ldx, inputs, end,
+                 task.workspace + (i - first_group * group_channels) * stride);
+  }
+  return end;
+}
+
 // The panels number `index` * panels and following, rows [begin, end).
 inline void conv_panels(const Task& task, const Cuts& cuts, int64_t index, int64_t begin,
                         int64_t end) {
@@ -256,16 +275,8 @@ inline void conv_panels(const Task& task, const Cuts& cuts, int64_t index, int64
   float* tile = panel + conv_panel_floats(c);
   Run* inputs = reinterpret_cast<Run*>(tile + conv_tile_floats(kPanel));
   const int64_t count = smaller(c.panels, (task.n - first + kPanel - 1) / kPanel) * kPanel;
-  Run* outputs =
-      list_inputs(c, first, count + c.down.shift * c.across.extent + c.across.shift, inputs);
-  const int64_t first_group = begin / group_rows, last_group = (end - 1) / group_rows;
-  const int64_t until = (last_group + 1) * group_channels;
-  for (int64_t i = first_group * group_channels; i < until; ++i) {
-    if (c.far && i + kAhead < until)
-      fetch_channel(c, task.x + (i + kAhead) * task.ldx, inputs, outputs);
-    fill_channel(c, task.x + i * task.ldx, inputs, outputs,
-                 panel + (i - first_group * group_channels) * stride);
-  }
+  const int64_t first_group = begin / group_rows;
+  Run* outputs = fill_panel(task, first, count, first_group, (end - 1) / group_rows, inputs);
   const auto* offsets = reinterpret_cast<const int32_t*>(
       tile + conv_tile_floats(kPanel) + conv_runs_floats(c, kPanel));
   for (int64_t row = begin; row < end; row += kConvRows) {
@@ -288,20 +299,24 @@ inline void conv_panels(const Task& task, const Cuts& cuts, int64_t index, int64
   }
 }
 
+// Fills the offsets of the columns, and behind them the cuts if there are several chunks.
+inline Cuts prepare_columns(const Task& task, int32_t* offsets) {
+  const Weight& w = task.w;
+  fill_offsets(*task.conv, offsets);
+  auto* places = reinterpret_cast<uint32_t*>(offsets + (w.cols + 15) / 16 * 16);
+  const int64_t chunk = conv_chunk(w, *task.conv, kPanel), chunks = conv_chunks(w, chunk);
+  if (chunks > 1) fill_cuts(w, chunk, chunks, places);
+  return {chunks > 1 ? places : nullptr, chunks};
+}
+
 void conv(const Task& task) {
   const Conv& c = *task.conv;
-  const Weight& w = task.w;
-  auto* offsets = reinterpret_cast<int32_t*>(task.workspace + conv_panel_floats(c) +
-                                             conv_tile_floats(kPanel) +
-                                             conv_runs_floats(c, kPanel));
-  fill_offsets(c, offsets);
-  auto* places = reinterpret_cast<uint32_t*>(offsets + (w.cols + 15) / 16 * 16);
-  const int64_t chunk = conv_chunk(w, c, kPanel), chunks = conv_chunks(w, chunk);
-  if (chunks > 1) fill_cuts(w, chunk, chunks, places);
-  const Cuts cuts{chunks > 1 ? places : nullptr, chunks};
+  const Cuts cuts = prepare_columns(
+      task, reinterpret_cast<int32_t*>(task.workspace + conv_panel_floats(c) +
+                                       conv_tile_floats(kPanel) + conv_runs_floats(c, kPanel)));
   for (int64_t p = task.begin_panel; p <= task.end_panel; ++p) {
     const int64_t begin = p == task.begin_panel ? task.begin_row : 0;
-    const int64_t end = p == task.end_panel ? task.end_row : w.rows;
+    const int64_t end = p == task.end_panel ? task.end_row : task.w.rows;
     if (begin < end) conv_panels(task, cuts, p, begin, end);
   }
 }

@@ -114,12 +114,10 @@ def _input_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Wind
 
 
 def _value_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Window) -> Tensor:
+    if way.native and runs_native(values, x, g):
+        return sampled_convolution(way.pattern, x, g, window)
     out = torch.zeros_like(values)
-    native = way.native and runs_native(values, x, g)
     for part in _parts(x, g, window):
-        if native:
-            sampled_convolution(way.pattern, x[part], g[part], window, out)
-            continue
         planes = g[part].transpose(0, 1).flatten(1)
         sampled(way.pattern, seen(x[part], window), planes, planes=True, out=out, native=False)
     return out
