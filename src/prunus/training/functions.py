@@ -22,11 +22,19 @@ Rows = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Way:
-    """How a layer computes: its pattern; native kernels or torch's; who reads its gradient rows."""
+    """How a layer computes: its pattern; native kernels or torch's; who reads its gradient rows.
+
+    forward_set: bool [nnz], the values that products use (None: all); gradients reach all.
+    """
 
     pattern: Pattern
     native: bool = True
     watch: Callable[[Rows], None] | None = None
+    forward_set: Tensor | None = None
+
+    def used(self, values: Tensor) -> Tensor:
+        """The values that products use."""
+        return values if self.forward_set is None else values.detach() * self.forward_set
 
 
 class LinearStep(torch.autograd.Function):
@@ -37,7 +45,7 @@ class LinearStep(torch.autograd.Function):
         """Multiply; keeps x and the values."""
         ctx.save_for_backward(x, values)
         ctx.way = way
-        return multiply(way.pattern, values, x, bias, native=way.native)
+        return multiply(way.pattern, way.used(values), x, bias, native=way.native)
 
     @staticmethod
     @once_differentiable
@@ -48,8 +56,9 @@ class LinearStep(torch.autograd.Function):
         pattern, native = ctx.way.pattern, ctx.way.native
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         if ctx.way.watch is not None:
-            ctx.way.watch(lambda begin, end: g[:, begin:end].t() @ x)
-        grad_x = multiply_transposed(pattern, values, g, native=native) if want_x else None
+            ctx.way.watch(outer_rows(x, g))
+        used = ctx.way.used(values)
+        grad_x = multiply_transposed(pattern, used, g, native=native) if want_x else None
         grad_values = sampled(pattern, x, g, native=native) if want_values else None
         return grad_x, grad_values, g.sum(0) if want_bias else None, None
 
@@ -64,6 +73,7 @@ class ConvolutionStep(torch.autograd.Function):
         """Multiply a few images at a time; keeps x and the values, never the unfolded images."""
         ctx.save_for_backward(x, values)
         ctx.way, ctx.window = way, window
+        values = way.used(values)
         if way.native and runs_native(x, values, bias):
             return convolve(way.pattern, values, x, bias, window)
         pattern, size = way.pattern, window.output(x.shape[2], x.shape[3])
@@ -82,10 +92,19 @@ class ConvolutionStep(torch.autograd.Function):
         way, window = ctx.way, ctx.window
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         if way.watch is not None:
-            way.watch(lambda begin, end: _rows(x, g[:, begin:end], window))
-        grad_x = _input_gradient(way, values, x, g, window) if want_x else None
+            way.watch(outer_rows(x, g, window))
+        grad_x = _input_gradient(way, way.used(values), x, g, window) if want_x else None
         grad_values = _value_gradient(way, values, x, g, window) if want_values else None
         return grad_x, grad_values, g.sum((0, 2, 3)) if want_bias else None, None, None
+
+
+def outer_rows(x: Tensor, y: Tensor, window: Window | None = None) -> Rows:
+    """Rows of y^T x over all examples [..., features], or of what a convolution's window sees."""
+    if window is not None:
+        x, y = (t if t.dim() == 4 else t.unsqueeze(0) for t in (x, y))
+        return lambda begin, end: _rows(x, y[:, begin:end], window)
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    return lambda begin, end: y[:, begin:end].t() @ x
 
 
 def _parts(x: Tensor, g: Tensor, window: Window) -> list[slice]:

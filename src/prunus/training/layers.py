@@ -17,6 +17,7 @@ from prunus.training.pattern import Pattern
 from prunus.training.window import Pair, Window
 
 _INDEX = ("offsets", "columns")
+_FORWARD = "forward_set"
 
 
 class SparseWeight(nn.Module):
@@ -26,6 +27,8 @@ class SparseWeight(nn.Module):
     (int32) and columns (the bits of uint16 in int16); loading takes the topology with it, also one
     with another number of non-zeros (then load before making the optimizer).
     native: False computes in torch with blocks of rows made dense, which wins at low sparsity.
+    forward_set: bool [nnz], what the forward pass uses and `to_dense` keeps (None: all that is
+    stored); the rest learns beside it, as in Top-KAST.
     """
 
     values: nn.Parameter
@@ -47,6 +50,7 @@ class SparseWeight(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.native = True
         self.watch: Callable[[Rows], None] | None = None
+        self.forward_set: Tensor | None = None
 
     @property
     def nonzeros(self) -> int:
@@ -61,18 +65,19 @@ class SparseWeight(nn.Module):
     def dense_weight(self) -> Tensor:
         """The dense weight, made anew, detached."""
         flat = self.values.new_zeros(math.prod(self.shape), requires_grad=False)
-        flat[self.pattern.places().to(flat.device)] = self.values.detach()
+        flat[self.pattern.places().to(flat.device)] = self._way().used(self.values.detach())
         return flat.view(self.shape)
 
     def mask(self) -> Tensor:
-        """Bool tensor of the weight's shape, True = stored."""
+        """Bool tensor of the weight's shape, True = stored and in the forward set."""
         flat = torch.zeros(math.prod(self.shape), dtype=torch.bool)
-        flat[self.pattern.places()] = True
+        flat[self.pattern.places()] = True if self.forward_set is None else self.forward_set
         return flat.view(self.shape)
 
     def sparse_counts(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """{parameter: (dense shape, non-zeros)} of the dense layer that this one stands for."""
-        counts = {"weight": (self.shape, self.nonzeros)}
+        used = self.nonzeros if self.forward_set is None else int(self.forward_set.sum())
+        counts = {"weight": (self.shape, used)}
         if self.bias is not None:
             counts["bias"] = (tuple(self.bias.shape), int(self.bias.count_nonzero()))
         return counts
@@ -84,6 +89,8 @@ class SparseWeight(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}offsets"] = self.pattern.offsets.clone()
         destination[f"{prefix}columns"] = self.pattern.columns.clone()
+        if self.forward_set is not None:
+            destination[f"{prefix}{_FORWARD}"] = self.forward_set.clone()
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **named: Any
@@ -96,7 +103,8 @@ class SparseWeight(nn.Module):
         )
         if isinstance(offsets, Tensor) and isinstance(columns, Tensor):
             try:
-                self._take(Pattern(self.pattern.shape, offsets, columns), values)
+                chosen = state_dict.get(f"{prefix}{_FORWARD}")
+                self._take(Pattern(self.pattern.shape, offsets, columns), values, chosen)
             except FormatError as error:
                 given["error_msgs"].append(f"{prefix}values: {error}")
                 return
@@ -104,22 +112,24 @@ class SparseWeight(nn.Module):
             given["missing_keys"] += [
                 f"{prefix}{n}" for n in _INDEX if f"{prefix}{n}" not in state_dict
             ]
-        index = {f"{prefix}{name}" for name in _INDEX}
+        index = {f"{prefix}{name}" for name in (*_INDEX, _FORWARD)}
         plain = {name: value for name, value in state_dict.items() if name not in index}
         super()._load_from_state_dict(plain, prefix, *given.values())
 
-    def _take(self, pattern: Pattern, values: Tensor | None) -> None:
+    def _take(self, pattern: Pattern, values: Tensor | None, chosen: Tensor | None) -> None:
         """Replace the topology; FormatError if the values do not fit it."""
         if values is None or values.shape != (pattern.nnz,):
             held = "no" if values is None else values.numel()
             raise FormatError(f"{held} values for {pattern.nnz} places")
-        self.pattern = pattern
+        if chosen is not None and (chosen.shape != values.shape or chosen.dtype != torch.bool):
+            raise FormatError(f"a forward set of {chosen.numel()} for {pattern.nnz} places")
+        self.pattern, self.forward_set = pattern, None if chosen is None else chosen.clone()
         if self.values.shape != values.shape:
             self.values.grad = None
             self.values.data = self.values.detach().new_zeros(values.shape)
 
     def _way(self) -> Way:
-        return Way(self.pattern, self.native, self.watch)
+        return Way(self.pattern, self.native, self.watch, self.forward_set)
 
     def _inputs(self, x: Tensor) -> Tensor:
         """Return x in the dtype of the values: half inputs are computed in float32."""

@@ -23,7 +23,7 @@ from prunus.training import (
     tune,
 )
 from prunus.training import products as products_
-from prunus.training.topology import free_places
+from prunus.training.candidates import free_places
 
 
 def net(seed=0):
@@ -154,7 +154,7 @@ def test_largest_gradients_are_the_top_of_the_dense_gradient(monkeypatch):
         with torch.no_grad():
             dense.weight.mul_(mask)
         layer = kind.from_dense(dense.double(), mask)
-        layer.watch = found = LargestGradients(layer, 23)
+        layer.watch = found = LargestGradients(layer.pattern, 23)
         x = x.double()
         for module in (dense, layer):
             module(x).square().sum().backward()
@@ -236,6 +236,6 @@ def test_tune_measures_both_ways_and_keeps_gradients():
 
 def test_a_gradient_that_is_not_finite_is_told():
     layer = TrainableLinear.random(6, 5, 0.5)
-    layer.watch = LargestGradients(layer, 3)
+    layer.watch = LargestGradients(layer.pattern, 3)
     with pytest.raises(NotFiniteError, match="not finite"):
         layer(torch.full((2, 6), float("nan"))).sum().backward()
