@@ -196,6 +196,28 @@ void conv_grad_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out,
   execute(call);
 }
 
+// See turn_index and turn_values; columns 0: fills values, the offsets are there.
+void turn_ptr(uintptr_t blob, int64_t area, int64_t groups, uintptr_t offsets, uintptr_t columns,
+              uintptr_t values) {
+  checked_blob(blob);
+  const Turn turn{open_blob(reinterpret_cast<const void*>(blob)), area, groups};
+  const Weight& w = turn.w;
+  if (area < 1 || groups < 1 || w.blocks > 1 || w.cols % area != 0 || w.rows % groups != 0 ||
+      w.rows / groups * area > 65536)
+    bad_value("area and groups do not divide this weight, or its transpose is too wide");
+  if (offsets == 0 || offsets % 4 != 0 || columns % 2 != 0 || values % 4 != 0)
+    bad_value("an address is null or not aligned");
+  if ((columns == 0) == (values == 0)) bad_value("either columns or values are filled");
+  nb::gil_scoped_release release;
+  std::vector<uint32_t> counters(static_cast<size_t>(turn.channels()));
+  auto* starts = reinterpret_cast<uint32_t*>(offsets);
+  if (columns != 0) {
+    turn_index(turn, starts, reinterpret_cast<uint16_t*>(columns), counters.data());
+  } else {
+    turn_values(turn, starts, reinterpret_cast<float*>(values), counters.data());
+  }
+}
+
 void transpose_ptr(uintptr_t from, uintptr_t to) {
   const BlobHeader& source = checked_blob(from);
   const BlobHeader& target = checked_blob(to);
@@ -250,6 +272,8 @@ NB_MODULE(_native, m) {
         nb::arg("threads"), nb::arg("ldx"), nb::arg("ldg"), nb::arg("isa") = -1);
   m.def("conv_grad_ptr", &conv_grad_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("g_ptr"),
         nb::arg("out_ptr"), nb::arg("geometry"), nb::arg("threads") = 1, nb::arg("isa") = -1);
+  m.def("turn_ptr", &turn_ptr, nb::arg("blob_ptr"), nb::arg("area"), nb::arg("groups"),
+        nb::arg("offsets_ptr"), nb::arg("columns_ptr") = 0, nb::arg("values_ptr") = 0);
   m.def("transpose_ptr", &transpose_ptr, nb::arg("from_ptr"), nb::arg("to_ptr"));
   m.def("available_isas", &available_isas);
   m.def("active_isa", [] { return kernels_at(active_index()).isa; });

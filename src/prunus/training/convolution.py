@@ -18,30 +18,29 @@ def convolve(
     x: Tensor,
     bias: Tensor | None,
     window: Window,
-    groups: int = 1,
 ) -> Tensor:
     """Y [B, M, H', W'] of float32 x [B, C, H, W] on the CPU."""
-    geometry = _geometry(x, window, groups)
+    geometry = _geometry(x, window)
     y = x.new_empty((len(x), pattern.shape[0], *geometry.out_size))
     values, x = values.detach().contiguous(), x.contiguous()
     bias = None if bias is None else bias.detach().contiguous()
     return _run(pattern.address(values), x, y, geometry, bias)
 
 
-def _geometry(x: Tensor, window: Window, groups: int) -> Geometry:
+def _geometry(x: Tensor, window: Window) -> Geometry:
     (up, left), size = window.padding, (x.shape[2], x.shape[3])
     return Geometry(
         len(x), x.shape[1], size, window.kernel, window.stride, window.dilation,
-        (up, up, left, left), groups,
+        (up, up, left, left), window.groups,
     )  # fmt: skip
 
 
 def can_turn(pattern: Pattern, window: Window) -> bool:
     """Tell whether the gradient to the input is a convolution too: stride 1, padding within it."""
-    area = window.kernel[0] * window.kernel[1]
+    area, rows = window.kernel[0] * window.kernel[1], pattern.shape[0] // window.groups
     spans = [d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True)]
     inside = all(p <= span for p, span in zip(window.padding, spans, strict=True))
-    return window.stride == (1, 1) and inside and pattern.shape[0] * area <= MAX_SIDE
+    return window.stride == (1, 1) and inside and rows * area <= MAX_SIDE
 
 
 def convolve_back(pattern: Pattern, values: Tensor, g: Tensor, window: Window) -> Tensor:
@@ -56,10 +55,12 @@ def convolve_back(pattern: Pattern, values: Tensor, g: Tensor, window: Window) -
     )
     geometry = Geometry(
         len(g), g.shape[1], (g.shape[2], g.shape[3]), window.kernel, (1, 1), window.dilation,
-        (up, up, left, left),
+        (up, up, left, left), window.groups,
     )  # fmt: skip
-    out = g.new_empty((len(g), pattern.shape[1] // area, *geometry.out_size))
-    blob = pattern.turned_address(values.detach(), room(pattern.nnz), area)
+    assert NATIVE is not None
+    channels = pattern.shape[1] // area * window.groups
+    out = g.new_empty((len(g), channels, *geometry.out_size))
+    blob = pattern.turned_address(NATIVE, values, room(pattern.nnz), area, window.groups)
     return _run(blob, g.contiguous(), out, geometry, None)
 
 
@@ -72,16 +73,14 @@ def _run(blob: int, x: Tensor, y: Tensor, geometry: Geometry, bias: Tensor | Non
     return y
 
 
-def sampled_convolution(
-    pattern: Pattern, x: Tensor, g: Tensor, window: Window, groups: int = 1
-) -> Tensor:
+def sampled_convolution(pattern: Pattern, x: Tensor, g: Tensor, window: Window) -> Tensor:
     """Gradient to the values [nnz] from x [B, C, H, W] and g [B, M, H', W'], nothing unfolded."""
     out = x.new_empty(pattern.nnz)
     if not out.numel():
         return out
     assert NATIVE is not None
     x, g = x.contiguous(), g.contiguous()
-    numbers = _geometry(x, window, groups).numbers()
+    numbers = _geometry(x, window).numbers()
     given = (x.data_ptr(), g.data_ptr(), out.data_ptr(), numbers, torch.get_num_threads())
     NATIVE.conv_grad_ptr(pattern.address(out), *given)
     return out

@@ -36,6 +36,11 @@ class Dynamic:
                 f"the optimizer does not train the packed layers {', '.join(lost) or '(none)'}: "
                 f"call sparse_training first, then make the optimizer from model.parameters()"
             )
+        if recipe.resizes and type(model).__name__ == "DistributedDataParallel":
+            raise AttachError(
+                f"{recipe.name} changes how many weights a layer stores, and DDP's buckets have "
+                f"fixed sizes: take a recipe that keeps counts (rigl, set_, mest, itop, top_kast)"
+            )
         self.recipe, self.seed, self.step = recipe, seed, 0
         self.memory: dict[str, float] = dict(recipe.memory)
         self._watches: dict[str, LargestGradients] = {}

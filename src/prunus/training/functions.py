@@ -79,8 +79,12 @@ class ConvolutionStep(torch.autograd.Function):
         pattern, size = way.pattern, window.output(x.shape[2], x.shape[3])
         y = x.new_empty((x.shape[0], pattern.shape[0], *size))
         for part in images(x, pattern.shape[1], size):
-            planes = multiply(pattern, values, seen(x[part], window), bias, True, native=False)
-            y[part] = planes.unflatten(1, (-1, *size)).transpose(0, 1)
+            for i, (piece, first, last) in enumerate(pattern.parts(window.groups)):
+                rows = share(i, window, pattern.shape[0])
+                offset = None if bias is None else bias[rows]
+                columns = seen(x[part][:, share(i, window, x.shape[1])], window)
+                planes = multiply(piece, values[first:last], columns, offset, True, native=False)
+                y[part, rows] = planes.unflatten(1, (-1, *size)).transpose(0, 1)
         return y
 
     @staticmethod
@@ -102,21 +106,33 @@ def outer_rows(x: Tensor, y: Tensor, window: Window | None = None) -> Rows:
     """Rows of y^T x over all examples [..., features], or of what a convolution's window sees."""
     if window is not None:
         x, y = (t if t.dim() == 4 else t.unsqueeze(0) for t in (x, y))
-        return lambda begin, end: _rows(x, y[:, begin:end], window)
+        return lambda begin, end: _rows(x, y, window, begin, end)
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     return lambda begin, end: y[:, begin:end].t() @ x
 
 
+def share(group: int, window: Window, channels: int) -> slice:
+    """The channels of a group."""
+    each = channels // window.groups
+    return slice(group * each, (group + 1) * each)
+
+
 def _parts(x: Tensor, g: Tensor, window: Window) -> list[slice]:
-    rows = x.shape[1] * window.kernel[0] * window.kernel[1]
+    rows = x.shape[1] // window.groups * window.kernel[0] * window.kernel[1]
     return images(x, rows, (g.shape[2], g.shape[3]))
 
 
-def _rows(x: Tensor, g: Tensor, window: Window) -> Tensor:
-    """Rows of the dense gradient to the weight, for these output channels of g."""
-    total = x.new_zeros(g.shape[1], x.shape[1] * window.kernel[0] * window.kernel[1])
-    for part in _parts(x, g, window):
-        total += g[part].transpose(0, 1).flatten(1) @ seen(x[part], window).t()
+def _rows(x: Tensor, g: Tensor, window: Window, begin: int, end: int) -> Tensor:
+    """Rows [begin, end) of the dense gradient to the weight."""
+    width = x.shape[1] // window.groups * window.kernel[0] * window.kernel[1]
+    total = x.new_zeros(end - begin, width)
+    for i in range(window.groups):
+        mine = share(i, window, g.shape[1])
+        low, high = max(begin, mine.start), min(end, mine.stop)
+        for part in _parts(x, g, window) if low < high else ():
+            columns = seen(x[part][:, share(i, window, x.shape[1])], window)
+            planes = g[part][:, low:high].transpose(0, 1).flatten(1)
+            total[low - begin : high - begin] += planes @ columns.t()
     return total
 
 
@@ -126,9 +142,13 @@ def _input_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Wind
         return convolve_back(way.pattern, values, g, window)
     out = torch.empty_like(x)
     for part in _parts(x, g, window):
-        planes = g[part].transpose(0, 1).flatten(1).contiguous()
-        back = multiply_transposed(way.pattern, values, planes, planes=True, native=native)
-        out[part] = unseen(back, window, x[part])
+        for i, (piece, first, last) in enumerate(way.pattern.parts(window.groups)):
+            mine = share(i, window, x.shape[1])
+            planes = g[part][:, share(i, window, g.shape[1])].transpose(0, 1).flatten(1)
+            given = (piece, values[first:last], planes.contiguous(), True)
+            out[part, mine] = unseen(
+                multiply_transposed(*given, native=native), window, x[part][:, mine]
+            )
     return out
 
 
@@ -137,8 +157,11 @@ def _value_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Wind
         return sampled_convolution(way.pattern, x, g, window)
     out = torch.zeros_like(values)
     for part in _parts(x, g, window):
-        planes = g[part].transpose(0, 1).flatten(1)
-        sampled(way.pattern, seen(x[part], window), planes, planes=True, out=out, native=False)
+        for i, (piece, first, last) in enumerate(way.pattern.parts(window.groups)):
+            planes = g[part][:, share(i, window, g.shape[1])].transpose(0, 1).flatten(1)
+            columns = seen(x[part][:, share(i, window, x.shape[1])], window)
+            into = out[first:last]
+            sampled(piece, columns, planes, planes=True, out=into, native=False)
     return out
 
 

@@ -189,7 +189,7 @@ class TrainableLinear(SparseWeight):
 
 
 class TrainableConv2d(SparseWeight):
-    """A 2-d convolution (groups = 1, zero padding) with a sparse weight, for training."""
+    """A 2-d convolution (zero padding) with a sparse weight, for training."""
 
     def __init__(
         self,
@@ -199,13 +199,14 @@ class TrainableConv2d(SparseWeight):
         in_channels: int,
         window: Window,
     ) -> None:
-        """See SparseWeight; pattern: over [out, in kh kw]."""
-        super().__init__(pattern, values, bias, (pattern.shape[0], in_channels, *window.kernel))
+        """See SparseWeight; pattern: over [out, in / groups kh kw]."""
+        shape = (pattern.shape[0], in_channels // window.groups, *window.kernel)
+        super().__init__(pattern, values, bias, shape)
         self.in_channels, self.out_channels, self.window = in_channels, pattern.shape[0], window
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d, mask: Tensor | None = None) -> TrainableConv2d:
-        """Take the kept weights of a dense convolution; ShapeError for groups or odd padding."""
+        """Take the kept weights of a dense convolution; ShapeError if `unsupported`."""
         reason = unsupported(module)
         if reason:
             raise ShapeError(f"{module} cannot be trained packed: {reason}; keep it dense")
@@ -214,6 +215,7 @@ class TrainableConv2d(SparseWeight):
             _pair(module.stride),
             _padding(module),
             _pair(module.dilation),
+            module.groups,
         )
         pattern, values = _packed(module.weight, mask)
         return cls(pattern, values, module.bias, module.in_channels, window)
@@ -223,7 +225,7 @@ class TrainableConv2d(SparseWeight):
         w = self.window
         dense = nn.Conv2d(
             self.in_channels, self.out_channels, w.kernel, w.stride, w.padding, w.dilation,
-            bias=self.bias is not None, device="meta",
+            w.groups, bias=self.bias is not None, device="meta",
         )  # fmt: skip
         return _filled(dense, self)
 
@@ -256,8 +258,8 @@ def _convolution(*args: Any) -> Any:
 
 def unsupported(module: nn.Conv2d) -> str:
     """Say why a convolution cannot be trained packed; empty if it can."""
-    if module.groups != 1:
-        return f"groups={module.groups}"
+    if module.groups > 1 and module.groups == module.in_channels:
+        return f"groups={module.groups}: one input channel each leaves nothing to leave out"
     if module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}"
     spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]

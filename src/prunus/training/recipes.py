@@ -66,7 +66,8 @@ class Recipe:
     """A growth method for packed layers; give it to `dynamic`.
 
     due(step): whether connections move before that optimizer step; plan: what moves; grow: where
-    connections are added; most(step, nnz, size): an upper bound of what a layer grows then.
+    connections are added; most(step, nnz, size): an upper bound of what a layer grows then;
+    resizes: whether layers may end up with another number of weights.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Recipe:
     grow: Rule = "random"
     most: Callable[[int, int, int], int] = lambda step, nnz, size: size - nnz
     memory: Mapping[str, float] = field(default_factory=dict)
+    resizes: bool = False
 
 
 def _every(every: int, stop: int) -> Callable[[int], bool]:
@@ -206,7 +208,10 @@ def granet(
     def most(step: int, nnz: int, size: int) -> int:
         return min(int(turnover(step) * nnz + 1e-6), size - nnz)
 
-    return Recipe("granet", lambda t: t > 0 and ramp.at(t) is not None, plan, "gradient", most)
+    def due(step: int) -> bool:
+        return step > 0 and ramp.at(step) is not None
+
+    return Recipe("granet", due, plan, "gradient", most, resizes=True)
 
 
 def nest(
@@ -245,7 +250,10 @@ def nest(
             moves[name] = Move(drop, most(at.step, nnz, layer.size))
         return moves, {}
 
-    return Recipe("nest", lambda t: target(t) is not None, plan, "gradient", most)
+    def due(step: int) -> bool:
+        return target(step) is not None
+
+    return Recipe("nest", due, plan, "gradient", most, resizes=True)
 
 
 def deep_rewiring(
@@ -264,7 +272,7 @@ def deep_rewiring(
         done = walk(given, drift, noise, at.step, at.seed)
         return {n: Move(drop, grow, values) for n, (values, drop, grow) in done.items()}, {}
 
-    return Recipe("deep_rewiring", lambda t: 0 <= t < steps, plan)
+    return Recipe("deep_rewiring", lambda t: 0 <= t < steps, plan, resizes=True)
 
 
 def dynamic_reparameterization(
@@ -290,7 +298,8 @@ def dynamic_reparameterization(
         return {n: Move(~stay[n], grown[n]) for n in layers}, {"threshold": limit}
 
     memory = {"threshold": float(threshold)}
-    return Recipe("dynamic_reparameterization", _every(every, steps), plan, memory=memory)
+    due = _every(every, steps)
+    return Recipe("dynamic_reparameterization", due, plan, memory=memory, resizes=True)
 
 
 def top_kast(

@@ -36,7 +36,7 @@ def sparse_training(
     shared out by `allocation` (default erk), with the draw that rigl and set_ start from; or, with
     neither, the non-zeros of the weights. Kept weights keep their values. Make the optimizer from
     `model.parameters()` afterwards; `pr.training.dynamic` moves connections.
-    Grouped convolutions and other kinds of layers stay dense. Raises SiteError if no layer can be
+    Depthwise convolutions and other kinds of layers stay dense. Raises SiteError if no layer can be
     swapped or a weight is tied, TargetError if there is nothing to leave out, AttachError if a
     sparsifier is attached.
     """

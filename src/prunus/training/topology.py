@@ -18,7 +18,8 @@ def rewire(layer: SparseWeight, optimizer: Optimizer, drop: Tensor, grow: Tensor
     """Drop stored weights and grow others at zero; moments and gradients go with their weights.
 
     drop: bool [nnz]; grow: flat places (int64) that are not stored now. What is grown starts with
-    zero moments, outside of the forward set if there is one. The parameter stays the same object.
+    zero moments, outside of the forward set if there is one. Where the number of weights
+    changes, the parameter becomes another object, in the optimizer too: autograd remembers sizes.
     """
     old = layer.values
     stay = (~drop).nonzero().flatten()
@@ -44,8 +45,16 @@ def rewire(layer: SparseWeight, optimizer: Optimizer, drop: Tensor, grow: Tensor
             state[name] = carried(held)
     grad = None if old.grad is None else carried(old.grad)
     old.grad = None
-    old.data = carried(old.data)
-    old.grad = grad
+    if len(source) == count:
+        old.data = carried(old.data)
+        old.grad = grad
+        return
+    layer.values = new = nn.Parameter(carried(old.data), requires_grad=old.requires_grad)
+    new.grad = grad
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = optimizer.state.pop(old)
 
 
 def layers_of(model: nn.Module) -> dict[str, SparseWeight]:

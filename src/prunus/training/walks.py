@@ -30,8 +30,9 @@ def walk(
 ) -> dict[str, tuple[Tensor, Tensor, int]]:
     """One step of a walk: theta <- theta - drift + noise n, with w = sign theta.
 
-    {name: (values, places, free)} -> {name: (new values, drop, grow)}. Dormant are those with theta < 0; as many of all free places, of all layers alike, wake up. Step
-    0 gives every weight its sign and moves nothing.
+    {name: (values, places, free)} -> {name: (new values, drop, grow)}. Dormant become those with
+    theta < 0; as many of all free places, of all layers alike, wake up. Step 0 gives every weight
+    its sign and moves nothing.
     """
     values, drops = {}, {}
     for name, (held, places, _) in layers.items():

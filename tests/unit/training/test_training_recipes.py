@@ -46,7 +46,8 @@ def train(model, optimizer, start, stop):
     for step in range(start, stop):
         x, y = batch(step)
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        loss = F.cross_entropy(model(x), y)  # kept alive: the old graph sees layers change size
+        loss.backward()
         optimizer.step()
 
 
