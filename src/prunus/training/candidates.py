@@ -8,12 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prunus import rng
+from prunus import rng, select
 from prunus.errors import NotFiniteError, ValueRangeError
 from prunus.training.functions import Rows
 from prunus.training.layers import distinct
 from prunus.training.pattern import Pattern
 from prunus.training.products import blocks
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Bool [n]: the `count` highest scores; of equal ones the earlier."""
+    return select.keep_top(scores.reshape(1, -1), min(count, len(scores))).reshape(-1)
 
 
 class Best:
@@ -40,8 +45,8 @@ class Best:
         return self._take(min(count, self.count))[0]
 
     def _take(self, count: int) -> tuple[Tensor, Tensor]:
-        order = self.scores.sort(descending=True, stable=True).indices[:count].sort().values
-        return self.places[order], self.scores[order]
+        kept = top(self.scores, count)
+        return self.places[kept], self.scores[kept]
 
 
 class LargestGradients:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from prunus import growth
 from prunus.core import Sparsifier
 from prunus.errors import AttachError, CompositionError, ValueRangeError
-from prunus.training.candidates import LargestGradients, attached_places, free_places
+from prunus.training.candidates import LargestGradients, attached_places, free_places, top
 from prunus.training.functions import outer_rows
 from prunus.training.layers import SparseWeight, TrainableConv2d
 from prunus.training.recipes import At, Move, Recipe, Stored, exchange
@@ -120,9 +120,7 @@ class Dynamic:
         grown, drop = self._grown(name, layer, move.grow), move.drop
         if len(grown) < move.grow:  # no backward pass looked for places: the largest stay
             size = layer.values.abs().cpu().masked_fill(~drop, -1.0)
-            back = size.sort(descending=True, stable=True).indices[: move.grow - len(grown)]
-            drop = drop.clone()
-            drop[back] = False
+            drop = drop & ~top(size, move.grow - len(grown))
         if not len(grown) and not bool(drop.any()):
             return False
         rewire(layer, optimizer, drop, grown)

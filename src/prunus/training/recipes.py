@@ -13,6 +13,7 @@ from torch import Tensor
 from prunus import growth, schedules
 from prunus.core import check_sparsity
 from prunus.errors import ValueRangeError
+from prunus.training.candidates import top
 from prunus.training.walks import reparameterize, walk
 
 Rule = Literal["random", "gradient", "hebbian", "preferential"]
@@ -87,10 +88,7 @@ def _every(every: int, stop: int) -> Callable[[int], bool]:
 
 def lowest(score: Tensor, count: int) -> Tensor:
     """Bool [nnz]: the `count` lowest scores; of equal ones the later go first."""
-    drop = torch.zeros(len(score), dtype=torch.bool)
-    order = score.sort(stable=True, descending=True).indices
-    drop[order[len(score) - count :]] = True
-    return drop
+    return ~top(score, len(score) - count)
 
 
 def exchange(

@@ -22,18 +22,22 @@ def rewire(layer: SparseWeight, optimizer: Optimizer, drop: Tensor, grow: Tensor
     changes, the parameter becomes another object, in the optimizer too: autograd remembers sizes.
     """
     old = layer.values
-    stay = (~drop).nonzero().flatten()
+    drop, grow = drop.cpu(), grow.cpu().sort().values
     places = layer.pattern.places()
-    if grow.numel() and bool(torch.isin(grow, places).any()):
+    near = torch.searchsorted(places, grow).clamp(max=max(0, len(places) - 1))
+    if grow.numel() and len(places) and bool((places[near] == grow).any()):
         raise ValueRangeError("a place to grow is stored already")
-    merged, order = torch.cat([places[stay], grow]).sort()
-    source = torch.cat([stay, torch.full_like(grow, -1)])[order].to(old.device)
-    there = source >= 0
-    count = old.shape[0]
+    kept = places[~drop]
+    new_places = torch.searchsorted(kept, grow) + torch.arange(len(grow))
+    there = torch.ones(len(kept) + len(grow), dtype=torch.bool)
+    there[new_places] = False
+    merged = places.new_empty(len(there))
+    merged[there], merged[new_places] = kept, grow
+    count, stays, stored = old.shape[0], (~drop).to(old.device), there.to(old.device)
 
     def carried(held: Tensor) -> Tensor:
-        moved = held.new_zeros(len(source))
-        moved[there] = held[source[there]]
+        moved = held.new_zeros(len(there))
+        moved[stored] = held[stays.to(held.device)]
         return moved
 
     layer.pattern = Pattern.of(layer.pattern.shape, merged)
@@ -45,7 +49,7 @@ def rewire(layer: SparseWeight, optimizer: Optimizer, drop: Tensor, grow: Tensor
             state[name] = carried(held)
     grad = None if old.grad is None else carried(old.grad)
     old.grad = None
-    if len(source) == count:
+    if len(there) == count:
         old.data = carried(old.data)
         old.grad = grad
         return
