@@ -42,17 +42,17 @@ class LinearStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, way: Way) -> Tensor:
-        """Multiply; keeps x and the values."""
+        """Multiply in the dtype of the values; keeps x, as it was given, and the values."""
         ctx.save_for_backward(x, values)
-        ctx.way = way
-        return multiply(way.pattern, way.used(values), x, bias, native=way.native)
+        ctx.way, wide = way, x.to(values.dtype)
+        return multiply(way.pattern, way.used(values), wide, bias, native=way.native).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients to x [N, K], to the values [nnz] and to the bias [M]."""
-        (g,) = grads
-        x, values = ctx.saved_tensors
+        given, values = ctx.saved_tensors
+        x, g = given.to(values.dtype), grads[0].to(values.dtype)
         pattern, native = ctx.way.pattern, ctx.way.native
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         if ctx.way.watch is not None:
@@ -60,6 +60,7 @@ class LinearStep(torch.autograd.Function):
         used = ctx.way.used(values)
         grad_x = multiply_transposed(pattern, used, g, native=native) if want_x else None
         grad_values = sampled(pattern, x, g, native=native) if want_values else None
+        grad_x = None if grad_x is None else grad_x.to(given.dtype)
         return grad_x, grad_values, g.sum(0) if want_bias else None, None
 
 
@@ -72,10 +73,10 @@ class ConvolutionStep(torch.autograd.Function):
     ) -> Tensor:
         """Multiply a few images at a time; keeps x and the values, never the unfolded images."""
         ctx.save_for_backward(x, values)
-        ctx.way, ctx.window = way, window
-        values = way.used(values)
+        ctx.way, ctx.window, dtype = way, window, x.dtype
+        x, values = x.to(values.dtype), way.used(values)
         if way.native and runs_native(x, values, bias):
-            return convolve(way.pattern, values, x, bias, window)
+            return convolve(way.pattern, values, x, bias, window).to(dtype)
         pattern, size = way.pattern, window.output(x.shape[2], x.shape[3])
         y = x.new_empty((x.shape[0], pattern.shape[0], *size))
         for part in images(x, pattern.shape[1], size):
@@ -85,20 +86,21 @@ class ConvolutionStep(torch.autograd.Function):
                 columns = seen(x[part][:, share(i, window, x.shape[1])], window)
                 planes = multiply(piece, values[first:last], columns, offset, True, native=False)
                 y[part, rows] = planes.unflatten(1, (-1, *size)).transpose(0, 1)
-        return y
+        return y.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients to x, to the values and to the bias."""
-        (g,) = grads
-        x, values = ctx.saved_tensors
+        given, values = ctx.saved_tensors
+        x, g = given.to(values.dtype), grads[0].to(values.dtype)
         way, window = ctx.way, ctx.window
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         if way.watch is not None:
             way.watch(outer_rows(x, g, window))
         grad_x = _input_gradient(way, way.used(values), x, g, window) if want_x else None
         grad_values = _value_gradient(way, values, x, g, window) if want_values else None
+        grad_x = None if grad_x is None else grad_x.to(given.dtype)
         return grad_x, grad_values, g.sum((0, 2, 3)) if want_bias else None, None, None
 
 

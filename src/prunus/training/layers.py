@@ -131,10 +131,6 @@ class SparseWeight(nn.Module):
     def _way(self) -> Way:
         return Way(self.pattern, self.native, self.watch, self.forward_set)
 
-    def _inputs(self, x: Tensor) -> Tensor:
-        """Return x in the dtype of the values: half inputs are computed in float32."""
-        return x if x.dtype == self.values.dtype else x.to(self.values.dtype)
-
 
 class TrainableLinear(SparseWeight):
     """y [..., out] = x [..., in] W^T + bias with W sparse, for training."""
@@ -176,9 +172,9 @@ class TrainableLinear(SparseWeight):
         """Map [..., in] to [..., out]; ShapeError where the width differs."""
         if input.shape[-1:] != (self.in_features,):
             raise ShapeError(f"input is {list(input.shape)}, not [..., {self.in_features}]")
-        flat = self._inputs(input).reshape(-1, self.in_features)
+        flat = input.reshape(-1, self.in_features)
         y = _linear(flat, self.values, self.bias, self._way())  # pyright: ignore[reportCallIssue]
-        return y.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+        return y.reshape(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Sizes and sparsity."""
@@ -233,10 +229,10 @@ class TrainableConv2d(SparseWeight):
         """Map [B, C, H, W] or [C, H, W]; ShapeError where the channels differ."""
         if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ShapeError(f"input is {list(input.shape)}, not [B, {self.in_channels}, H, W]")
-        x = self._inputs(input if input.dim() == 4 else input.unsqueeze(0))
+        x = input if input.dim() == 4 else input.unsqueeze(0)
         given = (x, self.values, self.bias, self._way(), self.window)
         y = _convolution(*given)  # pyright: ignore[reportCallIssue]
-        return (y if input.dim() == 4 else y.squeeze(0)).to(input.dtype)
+        return y if input.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
         """Sizes and sparsity."""
