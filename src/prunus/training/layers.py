@@ -31,6 +31,11 @@ class SparseWeight(nn.Module):
     stored); the rest learns beside it, as in Top-KAST.
     """
 
+    free_sizes = ("values", "columns")
+    """What `load` may find with another number of elements than the layer has."""
+    optional_state = (_FORWARD,)
+    """What a state dict may hold or not."""
+
     values: nn.Parameter
     bias: nn.Parameter | None
 

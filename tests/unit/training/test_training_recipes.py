@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import prunus as pr
 from prunus import allocations, attach, growth, methods
 from prunus.core import Context, Site
 from prunus.errors import CompositionError, ValueRangeError
@@ -243,3 +244,31 @@ def test_mistakes_are_told():
     dynamic(model, optimizer, recipes.top_kast(0.3, 10))
     with pytest.raises(ValueRangeError, match="lower sparsity"):
         train(model, optimizer, 0, 1)
+
+
+def test_a_saved_model_fills_one_with_other_counts_and_optional_sets(tmp_path):
+    model, optimizer, _ = begin("top_kast")
+    train(model, optimizer, 0, 9)
+    pr.save(model, tmp_path / "packed.safetensors")
+    other = sparse_training(net(2), 0.5, allocation=allocations.uniform())
+    pr.load(tmp_path / "packed.safetensors", other)
+    x, _ = batch(0)
+    torch.testing.assert_close(other(x), model(x))
+    for left, right in zip(layers(model), layers(other), strict=True):
+        assert torch.equal(left.forward_set, right.forward_set)
+    pr.save(begin("set_")[0], tmp_path / "plain.safetensors")
+    pr.load(tmp_path / "plain.safetensors", other)
+    assert all(layer.forward_set is None for layer in layers(other))
+
+
+@pytest.mark.slow
+def test_compiled_surroundings_train_and_move():
+    model, optimizer, driver = begin("rigl")
+    compiled = torch.compile(model, backend="eager")
+    twin, other, _ = begin("rigl")
+    train(compiled, optimizer, 0, 14)
+    train(twin, other, 0, 14)
+    assert driver.step == 14
+    for left, right in zip(layers(model), layers(twin), strict=True):
+        assert torch.equal(left.mask(), right.mask())
+        torch.testing.assert_close(left.values, right.values)
