@@ -199,9 +199,8 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
                 for s in ways["packed"].keys() & ways["masked"]
             ]
             cells = [summary(list(v.values())) for v in ways.values()]
-            lines.append(
-                f"{name:28}{sparsity:>9.4g}{cells[0]:>16}{cells[1]:>16}{summary(both, sign='+'):>24}"
-            )
+            left = f"{name:28}{sparsity:>9.4g}{cells[0]:>16}{cells[1]:>16}"
+            lines.append(left + f"{summary(both, sign='+'):>24}")
     return "\n".join(lines)
 
 

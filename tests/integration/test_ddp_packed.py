@@ -48,7 +48,9 @@ def worker(rank: int, port: int, grow: str, results) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        model = DistributedDataParallel(pr.sparse_training(make(), 0.7))
+        model = DistributedDataParallel(
+            pr.sparse_training(make(), 0.7, allocation=pr.allocations.uniform())
+        )
         results[rank] = [w.tolist() for w in train(model, grow, slice(8 * rank, 8 * rank + 8))]
         try:
             dynamic(model, torch.optim.SGD(model.parameters(), 1e-2), recipes.granet(0.9, 10))
@@ -78,6 +80,8 @@ def test_two_ranks_are_one_process_with_the_whole_batch(grow):
     assert "fixed sizes" in found["resizes 0"]
     assert "'spoiled'" in found["error 0"]
     assert "'spoiled'" in found["error 1"]
-    alone = train(pr.sparse_training(make(), 0.7), grow, slice(0, 16))
+    alone = train(
+        pr.sparse_training(make(), 0.7, allocation=pr.allocations.uniform()), grow, slice(0, 16)
+    )
     for left, right in zip(found[0], alone, strict=True):
         torch.testing.assert_close(torch.tensor(left, dtype=torch.float64), right)

@@ -124,7 +124,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None):
     _expect_fit(path, target, state)
     inner = target.state_dict()
     renamed = dict(zip(plain_names(inner), inner, strict=True))
-    target.load_state_dict({renamed[name]: tensor for name, tensor in state.items()})
+    target.load_state_dict({renamed.get(name, name): tensor for name, tensor in state.items()})
     return model
 
 

@@ -262,6 +262,7 @@ def test_a_saved_model_fills_one_with_other_counts_and_optional_sets(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at what it resumes with
 def test_compiled_surroundings_train_and_move():
     model, optimizer, driver = begin("rigl")
     compiled = torch.compile(model, backend="eager")
