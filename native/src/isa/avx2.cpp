@@ -79,6 +79,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
+#include "kernels/conv-grad-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace

@@ -107,6 +107,7 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #include "kernels/conv-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
+#include "kernels/conv-grad-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace

@@ -4,6 +4,7 @@ void spmm_tokens_f32(const Task& task) { spmm<Tokens>(task); }
 void spmm_planes_f32(const Task& task) { spmm<Planes>(task); }
 void spmv_f32(const Task& task) { spmv(task); }
 void conv_f32(const Task& task) { conv(task); }
+void conv_grad_f32(const Task& task) { conv_grad(task); }
 
 #include "bitmap-inl.h"
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)

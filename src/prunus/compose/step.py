@@ -12,6 +12,7 @@ from prunus import select
 from prunus.compose.memory import adapted, at_site, reserved
 from prunus.compose.redistribute import redistributed
 from prunus.compose.slots import Slots
+from prunus.compose.within import exchange
 from prunus.core import Context, Growth, Score, Signals, Site, State, Structure, Update, Weights
 from prunus.errors import CompositionError, ShapeError, TargetError
 from prunus.kinds import RESERVE, VALIDATION_LOSS
@@ -259,10 +260,14 @@ def _move(
     kept, free = int(on.sum(1).min()), int((~on).sum(1).min())  # of each row
     keep = min(k - min(int(grow.turnover(step) * k + 1e-6), free, k), kept)
     keep = max(keep, k - free) if stay_count is None else stay_count
-    stay = select.keep_top(_off_last(scores, ~on), keep)
     values = select.check_scores(grow.value(w, at), at.site.name)
     ranking = structure.reduce(turned(at.site, values))
-    added = select.keep_top(_off_last(ranking, on), k - keep)
+    if structure.pinned is None:
+        stay = select.keep_top(_off_last(scores, ~on), keep)
+        added = select.keep_top(_off_last(ranking, on), k - keep)
+    else:
+        after = exchange(on, scores, ranking, grow.turnover(step))
+        stay, added = after & on, after & ~on
     new = None
     if grow.fill is not None:
         new = torch.where(turned(at.site, structure.expand(added, shape)), grow.fill(w, at), w)

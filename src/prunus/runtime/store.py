@@ -124,7 +124,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None):
     _expect_fit(path, target, state)
     inner = target.state_dict()
     renamed = dict(zip(plain_names(inner), inner, strict=True))
-    target.load_state_dict({renamed[name]: tensor for name, tensor in state.items()})
+    target.load_state_dict({renamed.get(name, name): tensor for name, tensor in state.items()})
     return model
 
 
@@ -159,11 +159,12 @@ def _expect_fit(
 ) -> None:
     """Raise unless names, shapes and packed weights fit the model."""
     wanted = plain_names(model.state_dict())
+    free, optional = _of_layers(model, "free_sizes"), _of_layers(model, "optional_state")
     problems = [
         f"{what}: {', '.join(names)}"
         for what, names in (
-            ("missing in the file", [name for name in wanted if name not in state]),
-            ("not in the model", [name for name in state if name not in wanted]),
+            ("missing in the file", [n for n in wanted if n not in state and n not in optional]),
+            ("not in the model", [n for n in state if n not in wanted and n not in optional]),
         )
         if names
     ]
@@ -176,12 +177,23 @@ def _expect_fit(
     differing = [
         f"{name} is {list(state[name].shape)} in the file, {list(wanted[name].shape)} in the model"
         for name in wanted
-        if name not in blobs and state[name].shape != wanted[name].shape
+        if name in state and name not in blobs and state[name].shape != wanted[name].shape
+        if name not in free
     ]
     if differing:
         raise ShapeError(f"{path} does not fit the model: {'; '.join(differing)}")
     for name, module in blobs.items():
         module.check_packed(state[name], f"{path}: {name}")
+
+
+def _of_layers(model: nn.Module, attribute: str) -> set[str]:
+    """State-dict names that layers list under `attribute`, as packed training layers do."""
+    names = {
+        f"{path}.{leaf}": None
+        for path, module in model.named_modules()
+        for leaf in getattr(module, attribute, ())
+    }
+    return {name.removeprefix(".") for name in plain_names(names)}
 
 
 def _packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
