@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "conv.h"
+#include "vectors.h"
 
 namespace prunus {
 
@@ -44,6 +45,7 @@ struct Task {
   const float* g;  // of a sampled product: the other factor, ldg floats between its rows
   int64_t ldg;
   const int64_t* places;  // of a sampled product: where each column of W begins in x, or null
+  const Vectors* vectors;  // of a product of groups; w holds the shape only
   float* workspace;  // 64-byte aligned, workspace_floats() long
 };
 
@@ -52,6 +54,7 @@ using KernelFunction = void (*)(const Task&);
 struct Kernels {
   const char* isa;
   int64_t panel;
+  int64_t vector_panel, pair_panel;  // of products of groups, fp32 and bf16
 #define PRUNUS_KERNEL(name, layout, description) KernelFunction name;
 #include "kernels.def"
 #undef PRUNUS_KERNEL

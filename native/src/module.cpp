@@ -26,6 +26,13 @@ namespace {
 
 [[noreturn]] void bad_value(const std::string& message) { fail("ValueRangeError", message); }
 
+// Null unless the blob is one of groups.
+const VectorHeader* vectors_at(uintptr_t address) {
+  if (address == 0 || address % 8 != 0) return nullptr;
+  const auto& header = *reinterpret_cast<const VectorHeader*>(address);
+  return is_vectors(header) ? &header : nullptr;
+}
+
 const BlobHeader& checked_blob(uintptr_t address) {
   if (address == 0 || address % 8 != 0)
     bad_value("the blob's address is null or not 8-byte aligned");
@@ -41,9 +48,15 @@ void check_floats(const char* name, uintptr_t address, bool needed) {
 
 Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
                   uintptr_t residual, uint32_t flags, int threads, int isa) {
-  checked_blob(blob);
   Call call{};
-  call.w = open_blob(reinterpret_cast<const void*>(blob));
+  if (const VectorHeader* groups = vectors_at(blob)) {
+    call.vectors = open_vectors(groups);
+    call.w.rows = call.vectors.rows;
+    call.w.cols = call.vectors.cols;
+  } else {
+    checked_blob(blob);
+    call.w = open_blob(reinterpret_cast<const void*>(blob));
+  }
   if (n < 0 || n > INT32_MAX || threads < 1)
     bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
   if (flags > kRelu6 || (flags & (flags - 1)) != 0)
@@ -69,7 +82,7 @@ void execute(const Call& call) {
   bool ok;
   {
     nb::gil_scoped_release release;
-    ok = run(call);
+    ok = call.vectors.height > 0 ? run_vectors(call) : run(call);
   }
   if (!ok) throw std::bad_alloc();
 }
@@ -122,6 +135,7 @@ Conv checked_conv(const Geometry& g, const Weight& w) {
 
 void conv_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, const Geometry& geometry, uintptr_t bias,
               uint32_t flags, int threads, int isa, uintptr_t residual) {
+  checked_blob(blob);
   Call call = checked_call(blob, x, y, geometry[0], bias, residual, flags, threads, isa);
   call.layout = Layout::conv;
   call.conv = checked_conv(geometry, call.w);

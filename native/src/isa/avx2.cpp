@@ -7,6 +7,7 @@ namespace prunus {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kVectorRows = 4;
 constexpr int kSets = 2;
 
 using Vec = __m256;
@@ -74,6 +75,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/vectors-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
@@ -85,6 +87,8 @@ inline void transpose(Vec (&b)[kLanes]) {
 const Kernels kernels_avx2 = {
     "avx2",
     kPanel,
+    kVectorPanel,
+    kVectorPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL

@@ -12,6 +12,7 @@ namespace prunus {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kVectorRows = 8;
 constexpr int kSets = 4;
 
 using Vec = __m512;
@@ -88,6 +89,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/vectors-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
@@ -99,6 +101,8 @@ inline void transpose(Vec (&b)[kLanes]) {
 const Kernels kernels_avx512 = {
     "avx512",
     kPanel,
+    kVectorPanel,
+    kVectorPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL

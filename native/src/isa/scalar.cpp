@@ -7,6 +7,7 @@ namespace prunus {
 namespace {
 
 constexpr int kLanes = 4;
+constexpr int kVectorRows = 4;
 constexpr int kSets = 2;
 
 struct Vec {
@@ -103,6 +104,7 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/vectors-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
@@ -113,6 +115,8 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 const Kernels kernels_scalar = {
     "scalar",
     kPanel,
+    kVectorPanel,
+    kVectorPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL

@@ -1,7 +1,7 @@
 """Sparse kernels for CPUs: blobs, matrix products, and the choice of instruction set."""
 
 from prunus.kernels import addresses, reference
-from prunus.kernels.blob import BlobInfo, info, pack, unpack, validate
+from prunus.kernels.blob import BlobInfo, pack
 from prunus.kernels.face import (
     ACTIVATIONS,
     FALLBACK,
@@ -17,6 +17,8 @@ from prunus.kernels.face import (
     transpose,
 )
 from prunus.kernels.geometry import Geometry, conv_block
+from prunus.kernels.kinds import info, unpack, validate
+from prunus.kernels.vectors import pack_vectors
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,6 +36,7 @@ __all__ = [
     "linear_ptr",
     "matmul_planes",
     "pack",
+    "pack_vectors",
     "planes_ptr",
     "reference",
     "table",

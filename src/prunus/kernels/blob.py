@@ -32,7 +32,10 @@ _HEADER = struct.Struct("<4sHHQQQIIQQQ")
 
 @dataclass(frozen=True)
 class BlobInfo:
-    """What a blob's header says; `block` is the number of columns per block."""
+    """What a blob's header says; `block` is the number of columns per block.
+
+    height: rows that share their columns; permuted: whether the rows are stored in another order.
+    """
 
     kind: str
     version: int
@@ -42,6 +45,8 @@ class BlobInfo:
     block: int
     blocks: int
     nbytes: int
+    height: int = 1
+    permuted: bool = False
 
 
 @dataclass(frozen=True)
