@@ -2,12 +2,16 @@
 
 #include <atomic>
 
+#include "amx.h"
+
 namespace prunus {
 namespace {
 
 struct Available {
-  const Kernels* tables[3] = {&kernels_scalar, nullptr, nullptr};
+  const Kernels* tables[6] = {&kernels_scalar};
   int count = 1;
+  Kernels pairs, tiles, emulated = kernels_scalar;
+  const char* refusal = "the CPU has no AVX512_BF16";
 
   Available() {
 #ifdef PRUNUS_X86
@@ -16,9 +20,18 @@ struct Available {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2) tables[count++] = &kernels_avx2;
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       tables[count++] = &kernels_avx512;
+      pairs = tiles = kernels_avx512;
+      if (__builtin_cpu_supports("avx512bf16") && add_pairs(pairs)) {
+        tables[count++] = &pairs;
+        refusal = add_tiles(tiles) ? amx_refusal(tiles, pairs) : "the compiler knew no AMX";
+        if (refusal == nullptr) tables[count++] = &tiles;
+      }
+    }
 #endif
+    add_emulated_tiles(emulated);
+    tables[count] = &emulated;
   }
 };
 
@@ -30,6 +43,10 @@ const Available& available() {
 std::atomic<int> chosen{-1};
 
 }  // namespace
+
+int all_count() { return available().count + 1; }
+
+const char* amx_status() { return available().refusal; }
 
 int available_count() { return available().count; }
 

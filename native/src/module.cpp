@@ -1,10 +1,12 @@
 // The Python module prunus._native: addresses in, nothing converted.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -62,7 +64,7 @@ Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t
   if (flags > kRelu6 || (flags & (flags - 1)) != 0)
     bad_value(
         "unknown flags; known: one of 1 (ReLU), 2 (GELU), 4 (GELU by tanh), 8 (SiLU), 16 (ReLU6)");
-  if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
+  if (isa >= all_count()) bad_value("no such instruction set; see available_isas()");
   check_floats("x", x, n > 0 && call.w.cols > 0);
   check_floats("y", y, n > 0 && call.w.rows > 0);
   check_floats("the bias", bias, false);
@@ -158,7 +160,7 @@ void sddmm_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t 
   call.pattern = open_blob(reinterpret_cast<const void*>(blob));
   if (n < 0 || n > INT32_MAX || threads < 1)
     bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
-  if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
+  if (isa >= all_count()) bad_value("no such instruction set; see available_isas()");
   if (places % 8 != 0 || (places && (tokens || n % kLongestSum != 0 || call.pattern.blocks != 1)))
     bad_value("places want planes, one block, and n as a multiple of 128");
   call.places = reinterpret_cast<const int64_t*>(places);
@@ -198,6 +200,18 @@ std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < available_count(); ++i) names.emplace_back(kernels_at(i).isa);
   return names;
+}
+
+std::vector<std::string> test_isas() {
+  std::vector<std::string> names;
+  for (int i = available_count(); i < all_count(); ++i) names.emplace_back(kernels_at(i).isa);
+  return names;
+}
+
+// {instruction set: why it is not offered}
+std::map<std::string, std::string> refused_isas() {
+  if (amx_status() == nullptr) return {};
+  return {{"amx", amx_status()}};
 }
 
 void set_active_isa(const std::string& name) {
@@ -240,6 +254,8 @@ NB_MODULE(_native, m) {
         nb::arg("places_ptr") = 0);
   m.def("transpose_ptr", &transpose_ptr, nb::arg("from_ptr"), nb::arg("to_ptr"));
   m.def("available_isas", &available_isas);
+  m.def("test_isas", &test_isas);
+  m.def("refused_isas", &refused_isas);
   m.def("active_isa", [] { return kernels_at(active_index()).isa; });
   m.def("set_active_isa", &set_active_isa, nb::arg("name"));
   m.def("grain", &grain);

@@ -8,6 +8,13 @@
 
 #include "kernel.h"
 
+#if defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11
+#define PRUNUS_BF16_COMPILER 1
+#ifdef __linux__
+#define PRUNUS_AMX 1
+#endif
+#endif
+
 namespace prunus {
 namespace {
 
@@ -95,6 +102,12 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
 #include "kernels/table-inl.h"
+#ifdef PRUNUS_BF16_COMPILER
+#include "kernels/pairs-x86-inl.h"
+#ifdef PRUNUS_AMX
+#include "kernels/tiles-inl.h"
+#endif
+#endif
 
 }  // namespace
 
@@ -107,5 +120,32 @@ const Kernels kernels_avx512 = {
 #include "kernels.def"
 #undef PRUNUS_KERNEL
 };
+
+// The same with bfloat16 products of pairs, and of tiles; false if this build has none.
+bool add_pairs(Kernels& kernels) {
+#ifdef PRUNUS_BF16_COMPILER
+  kernels.isa = "avx512_bf16";
+  kernels.pair_panel = kPairPanel;
+  kernels.vectors_tokens_bf16 = pairs_tokens_bf16;
+  kernels.vectors_planes_bf16 = pairs_planes_bf16;
+  return true;
+#else
+  (void)kernels;
+  return false;
+#endif
+}
+
+bool add_tiles(Kernels& kernels) {
+#ifdef PRUNUS_AMX
+  kernels.isa = "amx";
+  kernels.pair_panel = kPairPanel;
+  kernels.vectors_tokens_bf16 = tiles_tokens_bf16;
+  kernels.vectors_planes_bf16 = tiles_planes_bf16;
+  return true;
+#else
+  (void)kernels;
+  return false;
+#endif
+}
 
 }  // namespace prunus

@@ -109,6 +109,8 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
 #include "kernels/table-inl.h"
+#include "kernels/tiles-emulated-inl.h"
+#include "kernels/tiles-inl.h"
 
 }  // namespace
 
@@ -121,5 +123,12 @@ const Kernels kernels_scalar = {
 #include "kernels.def"
 #undef PRUNUS_KERNEL
 };
+
+void add_emulated_tiles(Kernels& kernels) {
+  kernels.isa = "amx_emulated";
+  kernels.pair_panel = kPairPanel;
+  kernels.vectors_tokens_bf16 = tiles_tokens_bf16;
+  kernels.vectors_planes_bf16 = tiles_planes_bf16;
+}
 
 }  // namespace prunus

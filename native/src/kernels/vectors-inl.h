@@ -96,11 +96,12 @@ inline void vector_group(const Vectors& w, int64_t group, const float* panel, fl
 }
 
 // What a kernel of groups does with one panel of X, for any layout of X and Y.
-// Product: static constexpr panel columns, gather(task, ...) and group(task, g, panel, out).
+// Product: kWidth columns of a panel in vectors of kUnit, gather<Layout, V>(task, first, count,
+// panel) and group<V>(w, g, panel, out).
 template <class Layout, int V, class Product>
 inline void vector_panel(const Task& task, int64_t first, int64_t count, int64_t begin,
                          int64_t end) {
-  constexpr int64_t stride = V * kLanes;
+  constexpr int64_t stride = V * Product::kUnit;
   const Vectors& w = *task.vectors;
   float* buffer = task.workspace;
   float* group_rows = buffer + vector_buffer_rows(w) * stride;
@@ -113,20 +114,21 @@ inline void vector_panel(const Task& task, int64_t first, int64_t count, int64_t
       float* out = w.order ? group_rows : buffer + (g - group) * w.height * stride;
       Product::template group<V>(w, g, panel, out);
       if (w.order == nullptr) continue;
-      for (int64_t r = g * w.height; r < smaller((g + 1) * w.height, w.rows); ++r)
+      const int64_t top = g * w.height;
+      for (int64_t r = top; r < smaller(top + w.height, w.rows); ++r)
         for (int64_t t = 0; t < stride; t += kLanes)
-          store(buffer + w.order[r] * stride + t, load(group_rows + (r - g * w.height) * stride + t));
+          store(buffer + w.order[r] * stride + t, load(out + (r - top) * stride + t));
     }
     if (w.order) continue;
     const int64_t row = group * w.height;
-    Layout::template scatter<V>(task, first, count, row, smaller(stop * w.height, w.rows), buffer);
+    Layout::template scatter<stride / kLanes>(task, first, count, row, smaller(stop * w.height, w.rows), buffer);
   }
-  if (w.order) Layout::template scatter<V>(task, first, count, 0, w.rows, buffer);
+  if (w.order) Layout::template scatter<stride / kLanes>(task, first, count, 0, w.rows, buffer);
 }
 
 template <class Kind>
 struct Broadcasts {
-  static constexpr int64_t kWidth = kVectorPanel;
+  static constexpr int64_t kWidth = kVectorPanel, kUnit = kLanes;
 
   template <class Layout, int V>
   static void gather(const Task& task, int64_t first, int64_t count, float* panel) {
@@ -145,16 +147,19 @@ struct Broadcasts {
 // begin_row and end_row of the task count groups.
 template <class Layout, class Product>
 inline void vectors(const Task& task) {
-  constexpr int64_t width = Product::kWidth;
+  constexpr int64_t width = Product::kWidth, unit = Product::kUnit;
   for (int64_t p = task.begin_panel; p <= task.end_panel; ++p) {
     const int64_t begin = p == task.begin_panel ? task.begin_row : 0;
     const int64_t end = p == task.end_panel ? task.end_row : task.vectors->groups;
     if (begin >= end) continue;
     const int64_t first = p * width, count = smaller(width, task.n - first);
-    switch ((count + kLanes - 1) / kLanes) {
+    switch ((count + unit - 1) / unit) {
       case 1: vector_panel<Layout, 1, Product>(task, first, count, begin, end); break;
       case 2: vector_panel<Layout, 2, Product>(task, first, count, begin, end); break;
-      default: vector_panel<Layout, 3, Product>(task, first, count, begin, end); break;
+      case 3: vector_panel<Layout, 3, Product>(task, first, count, begin, end); break;
+      default:
+        if constexpr (width / unit > 3)
+          vector_panel<Layout, 4, Product>(task, first, count, begin, end);
     }
   }
 }

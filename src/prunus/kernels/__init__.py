@@ -13,7 +13,9 @@ from prunus.kernels.face import (
     linear_ptr,
     matmul_planes,
     planes_ptr,
+    refused_isas,
     table,
+    test_isas,
     transpose,
 )
 from prunus.kernels.geometry import Geometry, conv_block
@@ -39,7 +41,9 @@ __all__ = [
     "pack_vectors",
     "planes_ptr",
     "reference",
+    "refused_isas",
     "table",
+    "test_isas",
     "transpose",
     "unpack",
     "validate",

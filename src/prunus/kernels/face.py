@@ -140,6 +140,16 @@ def available_isas() -> tuple[str, ...]:
     return tuple(_native.available_isas()) if _native else (FALLBACK,)
 
 
+def test_isas() -> tuple[str, ...]:
+    """Instruction sets in software, for tests only: never active, taken by `isa=`."""
+    return tuple(_native.test_isas()) if _native else ()
+
+
+def refused_isas() -> dict[str, str]:
+    """{instruction set: why it is not offered here} of those that need the system's consent."""
+    return dict(_native.refused_isas()) if _native else {}
+
+
 def active_isa() -> str:
     """The instruction set that calls use by default; PRUNUS_ISA may lower it."""
     return _native.active_isa() if _native else FALLBACK
@@ -163,9 +173,9 @@ def _isa_index(isa: str | None) -> int | None:
     if isa == FALLBACK:
         return None
     available = available_isas()
-    if isa not in available:
+    if isa not in (*available, *test_isas()):
         raise ValueRangeError(f"isa {isa!r} is not available; use one of {', '.join(available)}")
-    return available.index(isa)
+    return (*available, *test_isas()).index(isa)
 
 
 def _checked(
