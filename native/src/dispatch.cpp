@@ -10,8 +10,7 @@ namespace {
 struct Available {
   const Kernels* tables[6] = {&kernels_scalar};
   int count = 1;
-  Kernels pairs, tiles, emulated = kernels_scalar;
-  const char* refusal = "the CPU has no AVX512_BF16";
+  const char* refusal = "this build has no AMX";
 
   Available() {
 #ifdef PRUNUS_X86
@@ -22,16 +21,17 @@ struct Available {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       tables[count++] = &kernels_avx512;
-      pairs = tiles = kernels_avx512;
-      if (__builtin_cpu_supports("avx512bf16") && add_pairs(pairs)) {
-        tables[count++] = &pairs;
-        refusal = add_tiles(tiles) ? amx_refusal(tiles, pairs) : "the compiler knew no AMX";
-        if (refusal == nullptr) tables[count++] = &tiles;
-      }
+#ifdef PRUNUS_HAS_BF16
+      const bool bf16 = __builtin_cpu_supports("avx512bf16");
+      if (bf16) tables[count++] = &kernels_avx512_bf16;
+#ifdef PRUNUS_HAS_AMX
+      refusal = bf16 ? amx_refusal(kernels_amx, kernels_avx512_bf16) : "the CPU has no AVX512_BF16";
+      if (refusal == nullptr) tables[count++] = &kernels_amx;
+#endif
+#endif
     }
 #endif
-    add_emulated_tiles(emulated);
-    tables[count] = &emulated;
+    tables[count] = &kernels_amx_emulated;
   }
 };
 

@@ -84,15 +84,16 @@ static inline int64_t conv_workspace_floats(const Weight& w, const Conv& c, int6
 }
 
 extern const Kernels kernels_scalar;
-void add_emulated_tiles(Kernels& kernels);
+extern const Kernels kernels_amx_emulated;
 #ifdef PRUNUS_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
-
-// These put the bfloat16 products of an extension into a copy of a table, and its name. False: the
-// compiler that built this knows no such instructions.
-bool add_pairs(Kernels& kernels);
-bool add_tiles(Kernels& kernels);
+#ifdef PRUNUS_HAS_BF16
+extern const Kernels kernels_avx512_bf16;
+#endif
+#ifdef PRUNUS_HAS_AMX
+extern const Kernels kernels_amx;
+#endif
 #endif
 
 }  // namespace prunus

@@ -11,6 +11,7 @@
 #include "dispatch.h"
 #include "run.h"
 #include "sddmm.h"
+#include "vectors_driver.h"
 
 using namespace prunus;
 
@@ -276,6 +277,7 @@ int main() {
                               pick(blocks), i % 3, isa);
   for (int i = 0; i < 200; ++i, ++done)
     failed += !transpose_case(pick(sizes), pick(sizes), pick(blocks), pick(blocks));
+  failed += vector_cases(&done);
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);
   return failed != 0;
 }

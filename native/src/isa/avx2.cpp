@@ -88,7 +88,7 @@ const Kernels kernels_avx2 = {
     "avx2",
     kPanel,
     kVectorPanel,
-    kVectorPanel,
+    kPairPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL, DQ): 16 lanes.
+// AVX-512 (F, BW, VL, DQ): 16 lanes. Other files here compile it again with more instructions.
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operands inside its own intrinsics for mistakes (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -8,11 +8,9 @@
 
 #include "kernel.h"
 
-#if defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11
-#define PRUNUS_BF16_COMPILER 1
-#ifdef __linux__
-#define PRUNUS_AMX 1
-#endif
+#ifndef PRUNUS_TABLE
+#define PRUNUS_TABLE kernels_avx512
+#define PRUNUS_ISA_NAME "avx512"
 #endif
 
 namespace prunus {
@@ -97,55 +95,28 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
 #include "kernels/vectors-inl.h"
+#ifdef PRUNUS_PAIRS
+#include "kernels/pairs-inl.h"
+#endif
+#ifdef PRUNUS_TILES
+#include "kernels/tiles-inl.h"
+#endif
 #include "kernels/conv-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
 #include "kernels/table-inl.h"
-#ifdef PRUNUS_BF16_COMPILER
-#include "kernels/pairs-x86-inl.h"
-#ifdef PRUNUS_AMX
-#include "kernels/tiles-inl.h"
-#endif
-#endif
 
 }  // namespace
 
-const Kernels kernels_avx512 = {
-    "avx512",
+const Kernels PRUNUS_TABLE = {
+    PRUNUS_ISA_NAME,
     kPanel,
     kVectorPanel,
-    kVectorPanel,
+    kPairPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL
 };
-
-// The same with bfloat16 products of pairs, and of tiles; false if this build has none.
-bool add_pairs(Kernels& kernels) {
-#ifdef PRUNUS_BF16_COMPILER
-  kernels.isa = "avx512_bf16";
-  kernels.pair_panel = kPairPanel;
-  kernels.vectors_tokens_bf16 = pairs_tokens_bf16;
-  kernels.vectors_planes_bf16 = pairs_planes_bf16;
-  return true;
-#else
-  (void)kernels;
-  return false;
-#endif
-}
-
-bool add_tiles(Kernels& kernels) {
-#ifdef PRUNUS_AMX
-  kernels.isa = "amx";
-  kernels.pair_panel = kPairPanel;
-  kernels.vectors_tokens_bf16 = tiles_tokens_bf16;
-  kernels.vectors_planes_bf16 = tiles_planes_bf16;
-  return true;
-#else
-  (void)kernels;
-  return false;
-#endif
-}
 
 }  // namespace prunus

@@ -3,6 +3,11 @@
 
 #include "kernel.h"
 
+#ifndef PRUNUS_TABLE
+#define PRUNUS_TABLE kernels_scalar
+#define PRUNUS_ISA_NAME "scalar"
+#endif
+
 namespace prunus {
 namespace {
 
@@ -105,30 +110,25 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
 #include "kernels/vectors-inl.h"
+#ifdef PRUNUS_TILES
+#include "kernels/tiles-emulated-inl.h"
+#include "kernels/tiles-inl.h"
+#endif
 #include "kernels/conv-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
 #include "kernels/table-inl.h"
-#include "kernels/tiles-emulated-inl.h"
-#include "kernels/tiles-inl.h"
 
 }  // namespace
 
-const Kernels kernels_scalar = {
-    "scalar",
+const Kernels PRUNUS_TABLE = {
+    PRUNUS_ISA_NAME,
     kPanel,
     kVectorPanel,
-    kVectorPanel,
+    kPairPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL
 };
-
-void add_emulated_tiles(Kernels& kernels) {
-  kernels.isa = "amx_emulated";
-  kernels.pair_panel = kPairPanel;
-  kernels.vectors_tokens_bf16 = tiles_tokens_bf16;
-  kernels.vectors_planes_bf16 = tiles_planes_bf16;
-}
 
 }  // namespace prunus

@@ -71,18 +71,12 @@ struct EmulatedTiles {
 // One set of tiles for each thread, as in hardware.
 thread_local EmulatedTiles emulated_tiles;
 
-#define TILE_TARGET
 #define TILE_CONFIGURE(config) emulated_tiles.configure(config)
 #define TILE_RELEASE() emulated_tiles.release()
 #define TILE_ZERO(t) emulated_tiles.zero_tile(t)
 #define TILE_LOAD(t, from, stride) emulated_tiles.load_tile(t, from, stride)
 #define TILE_STORE(t, to, stride) emulated_tiles.store_tile(t, to, stride)
 #define TILE_PRODUCT(c, a, b) emulated_tiles.product(c, a, b)
-
-constexpr int64_t kPairPanel = 64;
-
-template <int V>
-constexpr int64_t kPairPitch = (V + 1) / 2 * 32;
 
 // Panel rows of bfloat16 in order, and a row of zeros behind; a piece of fp32 panel on the way.
 template <class Layout, int V>

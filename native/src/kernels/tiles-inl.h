@@ -2,9 +2,24 @@
 // of X] += A [16 rows][32 columns of W] times B [16 pairs of columns of W][16 columns of X].
 // The rows of X that a tile of W wants are gathered and interleaved in pairs, then multiplied.
 // Included after vectors-inl.h, where these are defined: TILE_* (the instructions, or tiles in
-// software), TILE_TARGET (the attribute of functions that use them), Pairs (the product for other
+// software), (the attribute of functions that use them), Pairs (the product for other
 // heights; its panel), gather_pairs, and interleave(panel, pitch, columns, width, to): pairs
 // [width / 2] of 32 columns of X, the first 16 at `to`, the others 256 floats behind.
+
+#ifndef TILE_CONFIGURE
+#define TILE_CONFIGURE(config) _tile_loadconfig(config)
+#define TILE_RELEASE() _tile_release()
+#define TILE_ZERO(t) _tile_zero(t)
+// GCC's intrinsic does not say that it reads memory: what was written must be there before.
+#define TILE_LOAD(t, from, stride)       \
+  do {                                   \
+    const void* tile_from = (from);      \
+    __asm__ volatile("" ::: "memory");   \
+    _tile_loadd(t, tile_from, stride);   \
+  } while (0)
+#define TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
+#define TILE_PRODUCT(c, a, b) _tile_dpbf16ps(c, a, b)
+#endif
 
 constexpr int64_t kTileFloats = 256;
 
@@ -43,7 +58,7 @@ inline void tile_pairs(const uint16_t* panel, int64_t pitch, const uint16_t* col
 
 // A group of 16: four tiles of sums, up to 64 columns of X.
 template <int V>
-TILE_TARGET void tile_group_16(const Vectors& w, int64_t g, const uint16_t* panel, float* out) {
+void tile_group_16(const Vectors& w, int64_t g, const uint16_t* panel, float* out) {
   constexpr int64_t pitch = kPairPitch<V>;
   TileScratch scratch;
   const int64_t begin = w.offsets[g], end = w.offsets[g + 1];
@@ -80,7 +95,7 @@ TILE_TARGET void tile_group_16(const Vectors& w, int64_t g, const uint16_t* pane
 
 // A group of 32: two tiles of W times H (1 or 2) tiles of X at a time.
 template <int V, int H>
-TILE_TARGET void tile_half_32(const Vectors& w, int64_t g, const uint16_t* panel, float* out) {
+void tile_half_32(const Vectors& w, int64_t g, const uint16_t* panel, float* out) {
   constexpr int64_t pitch = kPairPitch<V>;
   TileScratch scratch;
   const int64_t begin = w.offsets[g], end = w.offsets[g + 1];
@@ -136,11 +151,8 @@ struct TileProduct {
 
 // A thread's tiles are its own, and let go of as soon as the share is done.
 template <class Layout>
-TILE_TARGET void tiles(const Task& task) {
+void tiles(const Task& task) {
   TILE_CONFIGURE(&kTileConfig);
   vectors<Layout, TileProduct>(task);
   TILE_RELEASE();
 }
-
-void tiles_tokens_bf16(const Task& task) { tiles<Tokens>(task); }
-void tiles_planes_bf16(const Task& task) { tiles<Planes>(task); }

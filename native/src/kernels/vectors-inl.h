@@ -5,6 +5,15 @@
 constexpr int kPanelVectors = 3;
 constexpr int64_t kVectorPanel = kPanelVectors * kLanes;
 
+// Columns of X in a panel of bfloat16, and the values of a row of it that are V vectors of 16.
+#if defined(PRUNUS_PAIRS) || defined(PRUNUS_TILES)
+constexpr int64_t kPairPanel = 64;
+template <int V>
+constexpr int64_t kPairPitch = (V + 1) / 2 * 32;
+#else
+constexpr int64_t kPairPanel = kVectorPanel;
+#endif
+
 // Columns taken before the next rows of the group: their part of the panel stays in the cache.
 constexpr int64_t kColumnChunk = 128;
 

@@ -1,18 +1,11 @@
 // Groups of outputs in bfloat16 by dot products of pairs (AVX512_BF16). Included after
-// vectors-inl.h by the file for AVX-512; these functions alone use the extension.
+// vectors-inl.h.
 //
 // A row of the panel holds 32 columns of X in 64 bytes so that interleaving two rows within 128-bit
 // lanes gives columns 0 to 15 (low halves) and 16 to 31 (high halves) in order.
 
-#define PRUNUS_BF16 __attribute__((target("avx512bf16")))
-
-constexpr int64_t kPairPanel = 64;
-
-template <int V>
-constexpr int64_t kPairPitch = (V + 1) / 2 * 32;
-
 // 16 columns of one row, rounded, into the low or high places of their half of the panel.
-PRUNUS_BF16 inline void store_bf16(uint16_t* row, int vector, Vec value) {
+inline void store_bf16(uint16_t* row, int vector, Vec value) {
   const __m512i twice = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
   const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(value);
   const __m512i spread = _mm512_permutexvar_epi64(twice, _mm512_castsi256_si512(rounded));
@@ -24,7 +17,7 @@ struct PairGather;
 
 template <int V>
 struct PairGather<Tokens, V> {
-  PRUNUS_BF16 static void run(const Task& task, int64_t first, int64_t count, uint16_t* panel) {
+  static void run(const Task& task, int64_t first, int64_t count, uint16_t* panel) {
     const int64_t cols = task.w.cols;
     for (int64_t chunk = 0; chunk < cols; chunk += kChunk) {
       const int64_t stop = smaller(cols, chunk + kChunk);
@@ -51,7 +44,7 @@ struct PairGather<Tokens, V> {
 
 template <int V>
 struct PairGather<Planes, V> {
-  PRUNUS_BF16 static void run(const Task& task, int64_t first, int64_t count, uint16_t* panel) {
+  static void run(const Task& task, int64_t first, int64_t count, uint16_t* panel) {
     for (int64_t k = 0; k < task.w.cols; ++k)
       for (int v = 0; v < V; ++v) {
         const float* from = task.x + k * task.ldx + first + v * kLanes;
@@ -70,7 +63,7 @@ inline void gather_pairs(const Task& task, int64_t first, int64_t count, float* 
 
 // R rows times H vectors of 16 columns; `count` columns of W, even.
 template <int H, int R>
-PRUNUS_BF16 inline void pair_rows(const uint16_t* values, int64_t row_step,
+inline void pair_rows(const uint16_t* values, int64_t row_step,
                                   const uint16_t* columns, int64_t count, const uint16_t* panel,
                                   int64_t pitch, float* out, int64_t stride, bool first) {
   Vec acc[R][H];
@@ -151,18 +144,7 @@ struct Pairs {
   }
 };
 
-void pairs_tokens_bf16(const Task& task) { vectors<Tokens, Pairs>(task); }
-void pairs_planes_bf16(const Task& task) { vectors<Planes, Pairs>(task); }
-
-#ifdef PRUNUS_AMX
-#define TILE_TARGET __attribute__((target("amx-tile,amx-bf16")))
-#define TILE_CONFIGURE(config) _tile_loadconfig(config)
-#define TILE_RELEASE() _tile_release()
-#define TILE_ZERO(t) _tile_zero(t)
-#define TILE_LOAD(t, from, stride) _tile_loadd(t, from, stride)
-#define TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
-#define TILE_PRODUCT(c, a, b) _tile_dpbf16ps(c, a, b)
-
+// Rows of two columns, interleaved: 16 columns of X at `to`, 16 more 256 floats behind.
 inline void interleave(const uint16_t* panel, int64_t pitch, const uint16_t* columns,
                        int64_t width, float* to) {
   for (int64_t i = 0; i < width; i += 2) {
@@ -172,4 +154,3 @@ inline void interleave(const uint16_t* panel, int64_t pitch, const uint16_t* col
     _mm512_storeu_si512(to + 256 + i * 8, _mm512_unpackhi_epi16(one, two));
   }
 }
-#endif
