@@ -10,6 +10,7 @@ number of columns ends in column `cols`, whose values are zero.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class Groups:
         height = self.info.height
         if self.info.kind == "vectors_f32":
             return self.values.reshape(-1, height)
-        wide = (self.values.astype(np.uint32) << 16).view(np.float32)
+        wide = from_bf16(self.values)
         out = np.empty((len(self.columns), height), np.float32)
         for begin, width in _tiles(self.offsets):
             tile = wide[begin * height : (begin + width) * height].reshape(height, width)
@@ -64,7 +65,7 @@ def _tiles(offsets: np.ndarray) -> list[tuple[int, int]]:
     ends = offsets.astype(np.int64)
     return [
         (begin, min(TILE, int(end) - begin))
-        for start, end in zip(ends[:-1], ends[1:], strict=True)
+        for start, end in itertools.pairwise(ends)
         for begin in range(int(start), int(end), TILE)
     ]
 
@@ -112,6 +113,8 @@ def pack_vectors(
     members, columns = np.nonzero((grouped != 0).any(axis=1))
     counts = np.bincount(members, minlength=len(grouped))
     vectors = grouped[members, :, columns]
+    if dtype == "bfloat16":
+        vectors = from_bf16(to_bf16(vectors))
     nonzeros = int(np.count_nonzero(vectors))
     if dtype == "bfloat16":
         odd = np.cumsum(counts)[counts % 2 == 1]
