@@ -19,6 +19,7 @@ from prunus.kernels.face import (
     transpose,
 )
 from prunus.kernels.geometry import Geometry, conv_block
+from prunus.kernels.grouping import Grouping, grouping
 from prunus.kernels.kinds import info, unpack, validate
 from prunus.kernels.vectors import pack_vectors
 
@@ -27,12 +28,14 @@ __all__ = [
     "FALLBACK",
     "BlobInfo",
     "Geometry",
+    "Grouping",
     "active_isa",
     "addresses",
     "available_isas",
     "conv2d",
     "conv_block",
     "conv_ptr",
+    "grouping",
     "info",
     "linear",
     "linear_ptr",

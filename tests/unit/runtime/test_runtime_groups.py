@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import prunus as pr
+from prunus.errors import ShapeError
+from prunus.runtime.groups import grouped_layer, grouping_of
+
+
+def structured(structure, sparsity=0.8, shape=(96, 64)):
+    layer = nn.Linear(shape[1], shape[0]).eval()
+    method = pr.compose(pr.scores.magnitude(), structure, pr.schedules.one_shot(sparsity))
+    pr.prune(nn.Sequential(layer), method)
+    return layer
+
+
+@pytest.mark.parametrize("structure", [pr.structures.vector(16), pr.structures.block(8, 2)])
+def test_a_structured_layer_computes_what_the_dense_one_does(structure):
+    layer = structured(structure)
+    x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(0))
+    wanted = layer(x)
+    packed = grouped_layer(layer)
+    torch.testing.assert_close(packed(x), wanted, rtol=1e-5, atol=1e-5)
+    half = grouped_layer(layer, torch.bfloat16)
+    torch.testing.assert_close(half(x), wanted, rtol=2e-2, atol=2e-2)
+    assert half.packed.numel() < packed.packed.numel()
+    assert packed.sparsity == pytest.approx(float((layer.weight == 0).float().mean()))
+    back = packed.to_dense()
+    assert torch.equal(back.weight, layer.weight)
+
+
+def test_gradients_and_state_dicts_pass_through():
+    packed = grouped_layer(structured(pr.structures.vector(8)))
+    x = torch.randn(3, 64, requires_grad=True)
+    packed(x).sum().backward()
+    assert x.grad is not None
+    expected = packed.weight.sum(0).expand(3, -1)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)
+    other = grouped_layer(structured(pr.structures.vector(8)))
+    other.load_state_dict(packed.state_dict())
+    assert torch.equal(other(x), packed(x))
+
+
+def test_what_has_no_groups_says_so():
+    layer = structured(pr.structures.element(), 0.9)
+    assert grouping_of(layer) is None
+    assert grouping_of(nn.Conv2d(3, 4, 3)) is None
+    with pytest.raises(ShapeError, match="SparseLinear"):
+        grouped_layer(layer)
