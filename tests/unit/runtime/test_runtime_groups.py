@@ -11,8 +11,7 @@ from prunus.runtime.groups import grouped_layer, grouping_of
 
 def structured(structure, sparsity=0.8, shape=(96, 64)):
     layer = nn.Linear(shape[1], shape[0]).eval()
-    method = pr.compose(pr.scores.magnitude(), structure, pr.schedules.one_shot(sparsity))
-    pr.prune(nn.Sequential(layer), method)
+    pr.prune(nn.Sequential(layer), pr.methods.one_shot_magnitude(sparsity, structure=structure))
     return layer
 
 
