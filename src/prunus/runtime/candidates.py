@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from prunus.errors import ShapeError
 from prunus.runtime.dense import DenseLayer
 from prunus.runtime.epilogue import Fusing
+from prunus.runtime.groups import grouped_layer, grouping_of
 from prunus.runtime.modules import SparseConv2d, SparseLinear
-from prunus.runtime.plan import DENSE_BF16, SPARSE, Layer
+from prunus.runtime.plan import DENSE_BF16, GROUPS, SPARSE, Layer
 
 KINDS = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
 BOTH = frozenset(KINDS.values())
@@ -40,6 +41,19 @@ class Candidate:
 # One row per way. The first sparse one that is no slower than the others is taken.
 TABLE = (
     Candidate(SPARSE, BOTH, lambda module: pack_layer(module)),
+    Candidate(
+        GROUPS,
+        frozenset({"linear"}),
+        lambda module: grouped_layer(module),
+        fits=lambda module: grouping_of(module) is not None,
+    ),
+    Candidate(
+        f"{GROUPS} bf16",
+        frozenset({"linear"}),
+        lambda module: grouped_layer(module, torch.bfloat16),
+        fits=lambda module: grouping_of(module) is not None,
+        dtype=torch.bfloat16,
+    ),
     Candidate(
         DENSE_BF16,
         BOTH,

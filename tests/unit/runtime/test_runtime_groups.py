@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import prunus as pr
-from prunus.errors import ShapeError
+from prunus import kernels
+from prunus.errors import ShapeError, ValueRangeError
 from prunus.runtime.groups import grouped_layer, grouping_of
 
 
@@ -48,3 +49,34 @@ def test_what_has_no_groups_says_so():
     assert grouping_of(nn.Conv2d(3, 4, 3)) is None
     with pytest.raises(ShapeError, match="SparseLinear"):
         grouped_layer(layer)
+
+
+@pytest.mark.parametrize("structure", [pr.structures.vector(16), pr.structures.n_of_m(2, 4)])
+def test_compile_offers_groups_from_the_zeros_alone(structure):
+    model = nn.Sequential(structured(structure, 0.5, (64, 64)), nn.ReLU(), nn.Linear(64, 8)).eval()
+    x = torch.randn(33, 64)
+    fast = pr.compile(model, x, choose=lambda layer: "groups" if layer.sparsity else "dense")
+    assert [row.choice for row in fast.plan.rows] == ["groups", "dense"]
+    assert kernels.info(fast[0].packed.numpy()).kind == "vectors_f32"
+    assert fast[0].activation == "relu"
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    measured = pr.compile(model, x, threads=1)
+    assert measured.plan.rows[0].choice in ("groups", "csr", "dense")
+
+
+def test_groups_are_refused_where_there_are_none(tmp_path):
+    model = nn.Sequential(structured(pr.structures.element(), 0.9))
+    with pytest.raises(ValueRangeError, match="share no columns"):
+        pr.compile(model, torch.randn(3, 64), choose=lambda layer: "groups")
+
+
+def test_a_compiled_model_in_groups_is_saved_and_loaded(tmp_path):
+    model = nn.Sequential(structured(pr.structures.vector(8))).eval()
+    x = torch.randn(9, 64)
+    fast = pr.compile(model, x, choose=lambda layer: "groups")
+    pr.save(fast, tmp_path / "fast")
+    other = pr.compile(
+        nn.Sequential(structured(pr.structures.vector(8))), x, choose=fast.plan.choose
+    )
+    pr.load(tmp_path / "fast", other)
+    assert torch.equal(other(x), fast(x))
