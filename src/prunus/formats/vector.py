@@ -24,7 +24,7 @@ def _counts(keep: np.ndarray) -> dict[int, int]:
     for height in HEIGHTS:
         step = height // below
         held = np.pad(held, ((0, -len(held) % step), (0, 0)))
-        held = held.reshape(len(held) // step, step, held.shape[1]).any(axis=1)
+        held = np.asarray(held.reshape(len(held) // step, step, held.shape[1]).any(axis=1))
         counts[height], below = int(np.count_nonzero(held)), height
     return counts
 

@@ -32,7 +32,7 @@ def fullness(mask: np.ndarray) -> dict[int, float]:
     for height in HEIGHTS:
         step = height // below
         held = np.pad(held, ((0, -len(held) % step), (0, 0)))
-        held = held.reshape(len(held) // step, step, held.shape[1]).any(axis=1)
+        held = np.asarray(held.reshape(len(held) // step, step, held.shape[1]).any(axis=1))
         found[height] = kept / max(1, int(np.count_nonzero(held)) * height)
         below = height
     return found
