@@ -12,6 +12,7 @@
 #include "run.h"
 #include "sddmm.h"
 #include "tests/bitmap_cases.h"
+#include "vectors_driver.h"
 
 using namespace prunus;
 
@@ -279,6 +280,7 @@ int main() {
     failed += bitmap_cases::run_all(isa, 300);
   for (int i = 0; i < 200; ++i, ++done)
     failed += !transpose_case(pick(sizes), pick(sizes), pick(blocks), pick(blocks));
+  failed += vector_cases(&done);
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);
   return failed != 0;
 }

@@ -8,6 +8,7 @@ namespace prunus {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kVectorRows = 4;
 constexpr int kSets = 2;
 
 using Vec = __m256;
@@ -75,6 +76,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/vectors-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
@@ -87,6 +89,8 @@ inline void transpose(Vec (&b)[kLanes]) {
 const Kernels kernels_avx2 = {
     "avx2",
     kPanel,
+    kVectorPanel,
+    kPairPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from prunus.errors import ShapeError
 from prunus.runtime.dense import DenseLayer
 from prunus.runtime.epilogue import Fusing
+from prunus.runtime.groups import grouped_layer, grouping_of
 from prunus.runtime.modules import SparseConv2d, SparseLinear
-from prunus.runtime.plan import BITMAP, BITMAP_BF16, BITMAP_INT8, DENSE_BF16, SPARSE, Layer
+from prunus.runtime.plan import (
+    BITMAP,
+    BITMAP_BF16,
+    BITMAP_INT8,
+    DENSE_BF16,
+    GROUPS,
+    SPARSE,
+    Layer,
+)
 
 KINDS = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
 BOTH = frozenset(KINDS.values())
@@ -56,6 +65,19 @@ TABLE = (
         lambda module: bitmap_layer(module, "bitmap_i8"),
         fits=lambda module: is_finite(module.weight),
         dtype=torch.int8,
+    ),
+    Candidate(
+        GROUPS,
+        frozenset({"linear"}),
+        lambda module: grouped_layer(module),
+        fits=lambda module: grouping_of(module) is not None,
+    ),
+    Candidate(
+        f"{GROUPS} bf16",
+        frozenset({"linear"}),
+        lambda module: grouped_layer(module, torch.bfloat16),
+        fits=lambda module: grouping_of(module) is not None,
+        dtype=torch.bfloat16,
     ),
     Candidate(
         DENSE_BF16,

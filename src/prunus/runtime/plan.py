@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 SPARSE = "csr"
+GROUPS = "groups"
 DENSE = "dense"
 DENSE_BF16 = "dense bf16"
 BITMAP = "bitmap"
