@@ -18,13 +18,15 @@ constexpr int64_t kLongestSum = 128;
 // Row ranges given to a kernel start at multiples of this many rows.
 constexpr int64_t kRowGroup = 16;
 
-// A packed weight; see blob.h for the layout.
+// A packed weight; see blob.h for the layout. In tiles, `offsets` are entries instead.
 struct Weight {
   int64_t rows, cols, nnz;
   uint32_t block, blocks;
   const uint32_t* offsets;  // [blocks * rows + 1]
   const uint16_t* columns;  // [nnz], relative to the block
   const float* values;      // [nnz]
+  int64_t tile;             // rows of a tile, a multiple of kRowGroup; 0: not in tiles
+  const uint32_t* starts;   // [tiles + 1], first non-zero of each tile; or null
 };
 
 // One share of a product: the positions (panel, row) from `begin` up to but without `end`, in
@@ -45,6 +47,7 @@ struct Task {
   int64_t ldg;
   const int64_t* places;  // of a sampled product: where each column of W begins in x, or null
   float* workspace;  // 64-byte aligned, workspace_floats() long
+  bool panel_in, panel_out;  // of a weight in tiles and one panel: x and y are panels themselves
 };
 
 using KernelFunction = void (*)(const Task&);
@@ -63,7 +66,8 @@ constexpr int64_t kTileRows = 64;
 
 // Static: an inline function would be a weak symbol in every ISA file.
 static inline int64_t workspace_floats(const Weight& w, int64_t panel) {
-  return (w.cols + kTileRows + 2 * kRowGroup) * panel;
+  const int64_t tile = w.tile > kTileRows ? w.tile : kTileRows;
+  return (w.cols + tile + 2 * kRowGroup) * panel;
 }
 
 // Parts of the workspace of a convolution, each a multiple of 16 floats long: the panel, the output

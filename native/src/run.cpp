@@ -56,6 +56,7 @@ thread_local Workspace workspace;
 // Work of the rows before `row`, summed over the column blocks.
 int64_t work_before(const Weight& w, int64_t row) {
   int64_t total = row * kRowCost;
+  if (w.tile != 0) return total + w.starts[(row + w.tile - 1) / w.tile];
   for (uint32_t b = 0; b < w.blocks; ++b) {
     const uint32_t* offsets = w.offsets + b * w.rows;
     total += static_cast<int64_t>(offsets[row]) - offsets[0];
@@ -77,16 +78,17 @@ struct Plan {
     *at_row = 0;
     if (index == 0 || *at_panel == panels) return;
     const int64_t rest = target - *at_panel * work;
-    int64_t low = 0, high = (task.w.rows + kRowGroup - 1) / kRowGroup;
+    const int64_t group = task.w.tile != 0 ? task.w.tile : kRowGroup;
+    int64_t low = 0, high = (task.w.rows + group - 1) / group;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (work_before(task.w, std::min(middle * kRowGroup, task.w.rows)) < rest) {
+      if (work_before(task.w, std::min(middle * group, task.w.rows)) < rest) {
         low = middle + 1;
       } else {
         high = middle;
       }
     }
-    *at_row = std::min(low * kRowGroup, task.w.rows);
+    *at_row = std::min(low * group, task.w.rows);
   }
 };
 
@@ -189,6 +191,9 @@ bool run(const Call& call) {
     plan.task.conv = &call.conv;
     plan.kernel = call.kernels->conv_f32;
     plan.panel = call.kernels->panel * call.conv.panels;
+  } else if (w.tile != 0) {
+    plan.kernel = tokens ? call.kernels->tiled_tokens_f32 : call.kernels->tiled_planes_f32;
+    plan.panel = call.kernels->panel;
   } else if (call.n == 1 && (tokens || call.ldx == 1)) {
     plan.kernel = call.kernels->spmv_f32;
     plan.panel = 1;

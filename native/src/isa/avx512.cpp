@@ -88,6 +88,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/tiled-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"

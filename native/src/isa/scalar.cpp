@@ -103,6 +103,7 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/tiled-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"

@@ -114,16 +114,17 @@ struct Tokens {
     return nullptr;
   }
 
+  // The panel's rows of the columns [begin, end).
   template <int V>
-  static void gather(const Task& task, int64_t first, int64_t count, float* panel) {
-    const int64_t cols = task.w.cols;
-    for (int64_t chunk = 0; chunk < cols; chunk += kChunk) {
-      const int64_t stop = smaller(cols, chunk + kChunk);
+  static void gather(const Task& task, int64_t first, int64_t count, int64_t begin, int64_t end,
+                     float* panel) {
+    for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+      const int64_t stop = smaller(end, chunk + kChunk);
       for (int v = 0; v < V; ++v) {
         const int64_t token = v * kLanes;
         for (int64_t k = chunk; k < stop; k += kLanes) {
           const float* from = task.x + (first + token) * task.ldx + k;
-          const int64_t width = smaller(kLanes, cols - k);
+          const int64_t width = smaller(kLanes, stop - k);
           Vec block[kLanes];
           load_block(from, task.ldx, count - token, width, block);
           transpose(block);
@@ -169,8 +170,9 @@ struct Planes {
   }
 
   template <int V>
-  static void gather(const Task& task, int64_t first, int64_t count, float* panel) {
-    for (int64_t k = 0; k < task.w.cols; ++k) {
+  static void gather(const Task& task, int64_t first, int64_t count, int64_t begin, int64_t end,
+                     float* panel) {
+    for (int64_t k = begin; k < end; ++k) {
       const float* from = task.x + k * task.ldx + first;
       for (int v = 0; v < V; ++v) {
         const int64_t width = smaller(kLanes, count - v * kLanes);
@@ -203,7 +205,7 @@ inline void one_panel(const Task& task, int64_t panel_index, int64_t begin, int6
   float* tile = panel + (task.w.cols + kRowGroup) / kRowGroup * kRowGroup * kPanel;
   const float* source = Layout::template in_place<V>(task, first, count);
   if (source == nullptr) {
-    Layout::template gather<V>(task, first, count, panel);
+    Layout::template gather<V>(task, first, count, 0, task.w.cols, panel);
     source = panel;
   }
   for (int64_t row = begin; row < end; row += kTileRows) {

@@ -1,7 +1,7 @@
 """Sparse kernels for CPUs: blobs, matrix products, and the choice of instruction set."""
 
 from prunus.kernels import addresses, reference
-from prunus.kernels.blob import BlobInfo, info, pack, unpack, validate
+from prunus.kernels.blob import BlobInfo, info, pack, tile, unpack, validate
 from prunus.kernels.face import (
     ACTIVATIONS,
     FALLBACK,
@@ -37,6 +37,7 @@ __all__ = [
     "planes_ptr",
     "reference",
     "table",
+    "tile",
     "transpose",
     "unpack",
     "validate",

@@ -3,7 +3,8 @@
 Layout (little-endian): a 64-byte header, then three sections, each aligned to 64 bytes:
 row offsets uint32 [blocks·rows + 1], columns uint16 [nnz], values float32 [nnz]. The columns of
 the weight are cut into blocks of `block` columns; non-zeros are ordered by (block, row, column),
-and a stored column counts from the start of its block.
+and a stored column counts from the start of its block. A tiled blob orders them for products
+with many columns, and its first section differs; see `tiles`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from prunus.formats import FORMATS, Packed
 from prunus.formats.csr import MAX_NONZEROS, check_compressed
 from prunus.formats.packed import matrix_shape
 from prunus.formats.table import check
+from prunus.kernels import tiles
 
 MAGIC = b"PRBK"
 VERSION = 1
-CSR_F32 = 1
+CSR_F32, TILED_F32 = 1, 8
+KINDS = {CSR_F32: "csr_f32", TILED_F32: "tiled_f32"}
+LAYOUTS = ("csr", "tiled")
 MAX_SIDE = (1 << 31) - 1
 MAX_BLOCK = 1 << 16
 # Measured on Zen 5 with 1024 to 2048 columns: blocks of 256 to 512 columns gain a tenth at 90%
@@ -43,10 +47,15 @@ class BlobInfo:
     blocks: int
     nbytes: int
 
+    @property
+    def tiled(self) -> bool:
+        """Whether rows are in tiles; see `tile`."""
+        return self.kind == KINDS[TILED_F32]
+
 
 @dataclass(frozen=True)
 class Sections:
-    """Views of a blob: row offsets [blocks·rows + 1], columns [nnz], values [nnz]."""
+    """Views of a blob: row offsets [blocks·rows + 1] (or as `tiles`), columns, values [nnz]."""
 
     info: BlobInfo
     offsets: np.ndarray
@@ -56,6 +65,9 @@ class Sections:
     def rows_and_columns(self) -> tuple[np.ndarray, np.ndarray]:
         """Row and column (int64) of every stored value, in storage order."""
         info = self.info
+        if info.tiled:
+            shape = (info.rows, info.cols)
+            return tiles.coordinates(shape, self.offsets, self.columns, info.block)
         segments = np.repeat(np.arange(info.blocks * info.rows), np.diff(self.offsets.astype("i8")))
         rows = segments % max(info.rows, 1)
         return rows, self.columns + (segments // max(info.rows, 1)) * info.block
@@ -109,15 +121,27 @@ def assemble(
     columns: np.ndarray,
     values: np.ndarray,
     block: int | None = None,
+    layout: str = "csr",
 ) -> np.ndarray:
     """A blob from coordinates sorted by (row, column), without duplicates."""
     if max(shape) > MAX_SIDE or len(values) > MAX_NONZEROS:
         raise ShapeError(f"shape {list(shape)} with {len(values)} non-zeros exceeds 32-bit offsets")
-    block = DEFAULT_BLOCK if block is None else block
-    if not 1 <= block <= MAX_BLOCK:
-        raise ValueRangeError(f"block {block} is not within 1 to {MAX_BLOCK}")
+    if layout not in LAYOUTS:
+        raise ValueRangeError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
+    tiled = layout == "tiled"
+    if block is None:
+        block = tiles.DEFAULT_BLOCK if tiled else DEFAULT_BLOCK
+    most = tiles.MAX_BLOCK if tiled else MAX_BLOCK
+    if not 1 <= block <= most:
+        raise ValueRangeError(f"block {block} is not within 1 to {most}")
     blocks = max(1, -(-shape[1] // block))
     segments, columns = rows.astype(np.int64), columns.astype(np.int64)
+    if tiled:
+        blob = new_blob(shape, len(values), block, tiled=True)
+        views = sections(blob)
+        views.offsets[:], order = tiles.arrange(shape, segments, columns, block)
+        views.columns[:], views.values[:] = columns[order] % block, values[order]
+        return blob
     if blocks > 1:
         segments = (columns // block) * shape[0] + segments
         order = np.argsort(segments, kind="stable")
@@ -131,31 +155,52 @@ def assemble(
     return blob
 
 
-def _places(rows: int, blocks: int, nnz: int) -> tuple[int, int, int, int]:
+def tile(blob: np.ndarray, block: int | None = None) -> np.ndarray:
+    """The same weight in tiles, for products with 16 or more columns; None is the usual block.
+
+    The kernels take it wherever they take the blob, but for convolutions and gradients.
+    """
+    views = sections(blob)
+    rows, columns = views.rows_and_columns()
+    order = np.lexsort((columns, rows))
+    shape = (views.info.rows, views.info.cols)
+    return assemble(shape, rows[order], columns[order], views.values[order], block, "tiled")
+
+
+def _indices(rows: int, blocks: int, tiled: bool) -> int:
+    """Length of the first section."""
+    return blocks * rows + (tiles.tile_count(rows) if tiled else 0) + 1
+
+
+def _places(rows: int, blocks: int, nnz: int, tiled: bool) -> tuple[int, int, int, int]:
     """Byte offsets of the three sections, and the end."""
     offsets = _HEADER.size
-    columns = _align(offsets + 4 * (blocks * rows + 1))
+    columns = _align(offsets + 4 * _indices(rows, blocks, tiled))
     values = _align(columns + 2 * nnz)
     return offsets, columns, values, _align(values + 4 * nnz)
 
 
-def blob_bytes(rows: int, blocks: int, nnz: int) -> int:
-    """Length of a blob in bytes."""
-    return _places(rows, blocks, nnz)[3]
+def blob_bytes(header: np.ndarray) -> int:
+    """Length in bytes of the blob that begins with this header of 64 bytes."""
+    _, _, kind, rows, _, nnz, _, blocks, *_ = _HEADER.unpack(header.tobytes())
+    return _places(rows, blocks, nnz, kind == TILED_F32)[3]
 
 
 def _align(position: int) -> int:
     return (position + 63) // 64 * 64
 
 
-def new_blob(shape: tuple[int, int], nnz: int, block: int) -> np.ndarray:
+def new_blob(
+    shape: tuple[int, int], nnz: int, block: int, *, tiled: bool = False
+) -> np.ndarray:
     """A blob of zeros with a finished header; the sections are still to be filled."""
     blocks = max(1, -(-shape[1] // block))
-    *places, end = _places(shape[0], blocks, nnz)
+    *places, end = _places(shape[0], blocks, nnz, tiled)
     raw = np.zeros(end + 63, np.uint8)
     start = -raw.ctypes.data % 64
     blob = raw[start : start + end]
-    header = _HEADER.pack(MAGIC, VERSION, CSR_F32, *shape, nnz, block, blocks, *places)
+    kind = TILED_F32 if tiled else CSR_F32
+    header = _HEADER.pack(MAGIC, VERSION, kind, *shape, nnz, block, blocks, *places)
     blob[: _HEADER.size] = np.frombuffer(header, np.uint8)
     return blob
 
@@ -170,28 +215,32 @@ def info(blob: np.ndarray) -> BlobInfo:
     magic, version, kind, rows, cols, nnz, block, blocks, *places = fields
     if magic != MAGIC:
         raise FormatError("not a kernel blob: the magic bytes are wrong")
-    if version != VERSION or kind != CSR_F32:
+    if version != VERSION or kind not in KINDS:
         raise FormatError(
-            f"blob version {version}, kind {kind}: this prunus reads version {VERSION}, kind "
-            f"{CSR_F32} (csr_f32); pack the weight again"
+            f"blob version {version}, kind {kind}: this prunus reads version {VERSION}, kinds "
+            f"{KINDS}; pack the weight again"
         )
     if max(rows, cols) > MAX_SIDE or nnz > MAX_NONZEROS or not 1 <= block <= MAX_BLOCK:
         raise FormatError(f"blob of {rows} by {cols}, {nnz} non-zeros, block {block}: out of range")
     if blocks != max(1, -(-cols // block)):
         raise FormatError(f"blob claims {blocks} blocks of {block} for {cols} columns")
-    *wanted, end = _places(rows, blocks, nnz)
+    tiled = kind == TILED_F32
+    if tiled and block > tiles.MAX_BLOCK:
+        raise FormatError(f"blocks of {block} columns do not fit into tiles")
+    *wanted, end = _places(rows, blocks, nnz, tiled)
     if places != wanted or end != len(blob):
         raise FormatError(f"blob sections do not match its {len(blob)} bytes; it is corrupt")
-    return BlobInfo("csr_f32", version, rows, cols, nnz, block, blocks, len(blob))
+    return BlobInfo(KINDS[kind], version, rows, cols, nnz, block, blocks, len(blob))
 
 
 def sections(blob: np.ndarray) -> Sections:
     """Views of a blob's sections; the header is checked, the contents are not (see validate)."""
     head = info(blob)
-    at_offsets, at_columns, at_values, _ = _places(head.rows, head.blocks, head.nnz)
+    at_offsets, at_columns, at_values, _ = _places(head.rows, head.blocks, head.nnz, head.tiled)
+    indices = _indices(head.rows, head.blocks, head.tiled)
     return Sections(
         head,
-        blob[at_offsets : at_offsets + 4 * (head.blocks * head.rows + 1)].view("<u4"),
+        blob[at_offsets : at_offsets + 4 * indices].view("<u4"),
         blob[at_columns : at_columns + 2 * head.nnz].view("<u2"),
         blob[at_values : at_values + 4 * head.nnz].view("<f4"),
     )
@@ -201,6 +250,9 @@ def validate(blob: np.ndarray) -> BlobInfo:
     """FormatError unless every offset and column is in bounds; call once before the kernels run."""
     views = sections(blob)
     head = views.info
+    if head.tiled:
+        tiles.check((head.rows, head.cols), views.offsets, views.columns, head.block)
+        return head
     check_compressed(views.offsets, views.columns, head.block)
     last = views.columns[int(views.offsets[(head.blocks - 1) * head.rows]) :]
     width = head.cols - (head.blocks - 1) * head.block

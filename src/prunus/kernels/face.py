@@ -102,6 +102,8 @@ def conv2d(
     `linear`.
     """
     head = blobs.info(blob)
+    if head.tiled:
+        raise ValueRangeError("a convolution takes a weight by rows; pack it without tiles")
     if x.shape != (geometry.batch, geometry.channels, *geometry.size):
         raise ShapeError(f"x has shape {list(x.shape)}, the geometry is {geometry}")
     if head.cols != geometry.columns or head.rows % geometry.groups:
@@ -126,9 +128,9 @@ def conv2d(
 
 def transpose(blob: np.ndarray) -> np.ndarray:
     """The blob of Wᵀ, in time proportional to the non-zeros."""
-    if _native is None:
-        return reference.transpose(blob)
     head = blobs.info(blob)
+    if _native is None or head.tiled:
+        return reference.transpose(blob)
     shape = (head.cols, head.rows)
     out = blobs.new_blob(shape, head.nnz, blobs.DEFAULT_BLOCK)
     _native.transpose_ptr(_address(blob), _address(out))
