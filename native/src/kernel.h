@@ -64,10 +64,18 @@ struct Kernels {
 // each token of the output gets several neighbouring lines at a time.
 constexpr int64_t kTileRows = 64;
 
+// Rows of a weight in tiles whose outputs are kept at once, and the fewest of one tile.
+constexpr int64_t kMostTiledRows = 1024;
+constexpr int64_t kLeastTile = 128;
+
 // Static: an inline function would be a weak symbol in every ISA file.
 static inline int64_t workspace_floats(const Weight& w, int64_t panel) {
-  const int64_t tile = w.tile > kTileRows ? w.tile : kTileRows;
-  return (w.cols + tile + 2 * kRowGroup) * panel;
+  int64_t rows = kTileRows;
+  if (w.tile != 0) {
+    rows = (w.rows + w.tile - 1) / w.tile * w.tile;
+    if (rows > kMostTiledRows) rows = kMostTiledRows;
+  }
+  return (w.cols + rows + 2 * kRowGroup) * panel;
 }
 
 // Parts of the workspace of a convolution, each a multiple of 16 floats long: the panel, the output

@@ -114,7 +114,7 @@ struct Tokens {
     return nullptr;
   }
 
-  // The panel's rows of the columns [begin, end).
+  // The rows of the columns [begin, end), to `panel` on.
   template <int V>
   static void gather(const Task& task, int64_t first, int64_t count, int64_t begin, int64_t end,
                      float* panel) {
@@ -128,7 +128,7 @@ struct Tokens {
           Vec block[kLanes];
           load_block(from, task.ldx, count - token, width, block);
           transpose(block);
-          store_block(block, panel + k * V * kLanes + token, V * kLanes, width);
+          store_block(block, panel + (k - begin) * V * kLanes + token, V * kLanes, width);
         }
       }
     }
@@ -137,26 +137,30 @@ struct Tokens {
   template <int V>
   static void scatter(const Task& task, int64_t first, int64_t count, int64_t begin, int64_t end,
                       const float* tile) {
-    for (int v = 0; v < V; ++v) {
-      for (int64_t row = begin; row < end; row += kLanes) {
-        const int64_t width = smaller(kLanes, end - row);
-        const Vec bias = task.bias ? load_n(task.bias + row, width) : zero();
-        const int64_t token = v * kLanes;
-        const float* from = tile + (row - begin) * V * kLanes + token;
-        Vec block[kLanes];
+    // Each token gets several whole lines at a time: single ones, a power of two apart, collide.
+    alignas(64) float turned[kLanes * kTileRows];
+    for (int v = 0; v < V; ++v)
+      for (int64_t chunk = begin; chunk < end; chunk += kTileRows) {
+        const int64_t stop = smaller(chunk + kTileRows, end);
+        for (int64_t row = chunk; row < stop; row += kLanes) {
+          const float* from = tile + ((row - begin) * V + v) * kLanes;
+          Vec block[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * V * kLanes);
-        transpose(block);
-        const int64_t place = (first + token) * task.ldy + row;
-        if (count - token >= kLanes) {
+          for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * V * kLanes);
+          transpose(block);
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) write(task, place + i * task.ldy, block[i], bias, width);
-        } else {
-          for (int64_t i = 0; i < count - token; ++i)
-            write(task, place + i * task.ldy, block[i], bias, width);
+          for (int i = 0; i < kLanes; ++i) store(turned + i * kTileRows + row - chunk, block[i]);
         }
+        const int64_t token = first + v * kLanes;
+        const int64_t tokens = smaller(kLanes, first + count - token);
+        for (int64_t i = 0; i < tokens; ++i)
+          for (int64_t row = chunk; row < stop; row += kLanes) {
+            const int64_t width = smaller(kLanes, stop - row);
+            const Vec bias = task.bias ? load_n(task.bias + row, width) : zero();
+            const Vec value = load(turned + i * kTileRows + row - chunk);
+            write(task, (token + i) * task.ldy + row, value, bias, width);
+          }
       }
-    }
   }
 };
 
@@ -178,7 +182,7 @@ struct Planes {
         const int64_t width = smaller(kLanes, count - v * kLanes);
         const float* at = from + v * kLanes;
         const Vec value = width == kLanes ? load(at) : load_n(at, width);
-        store(panel + (k * V + v) * kLanes, value);
+        store(panel + ((k - begin) * V + v) * kLanes, value);
       }
     }
   }

@@ -88,28 +88,45 @@ inline uint32_t add_block(const uint32_t* entries, int64_t rows, const float* va
   return at;
 }
 
+// All rows of one panel that fit into the output tile, block by block.
+template <class In, class Out, int V>
+inline void tiled_rows(const Task& task, int64_t first, int64_t count, int64_t begin, int64_t end,
+                       const float* source, float* fill, bool keep) {
+  constexpr int64_t stride = V * kLanes;
+  const Weight& w = task.w;
+  float* tile = task.workspace + (w.cols + kRowGroup) / kRowGroup * kRowGroup * kPanel;
+  uint32_t at[kMostTiledRows / kLeastTile];
+  for (int64_t row = begin; row < end; row += w.tile)
+    at[(row - begin) / w.tile] = w.starts[row / w.tile];
+  for (uint32_t b = 0; b < w.blocks; ++b) {
+    const int64_t column = static_cast<int64_t>(b) * w.block;
+    const float* part = source + (keep ? column * stride : 0);
+    if (fill != nullptr)
+      In::template gather<V>(task, first, count, column, smaller(column + w.block, w.cols),
+                             fill + (keep ? column * stride : 0));
+    for (int64_t row = begin; row < end; row += w.tile) {
+      const int64_t rows = smaller(w.tile, w.rows - row);
+      const uint32_t* entries = w.offsets + row * w.blocks + b * rows;
+      uint32_t& next = at[(row - begin) / w.tile];
+      float* out = tile + (row - begin) * stride;
+      next += add_block<V>(entries, rows, w.values + next, w.columns + next, part, b == 0, out);
+      if (b + 1 == w.blocks) Out::template scatter<V>(task, first, count, row, row + rows, out);
+    }
+  }
+}
+
 template <class In, class Out, int V>
 inline void tiled_panel(const Task& task, int64_t panel_index, int64_t begin, int64_t end) {
-  const Weight& w = task.w;
   const int64_t first = panel_index * kPanel;
   const int64_t count = smaller(kPanel, task.n - first);
-  float* panel = task.workspace;
-  float* tile = panel + (w.cols + kRowGroup) / kRowGroup * kRowGroup * kPanel;
   const float* held = In::template in_place<V>(task, first, count);
-  const float* source = held == nullptr ? panel : held;
-  for (int64_t row = begin; row < end; row += w.tile) {
-    const int64_t stop = smaller(row + w.tile, w.rows);
-    const uint32_t* entries = w.offsets + row * w.blocks;
-    uint32_t at = w.starts[row / w.tile];
-    for (uint32_t b = 0; b < w.blocks; ++b, entries += stop - row) {
-      const int64_t column = static_cast<int64_t>(b) * w.block;
-      if (held == nullptr && row == begin)
-        In::template gather<V>(task, first, count, column, smaller(column + w.block, w.cols),
-                               panel);
-      at += add_block<V>(entries, stop - row, w.values + at, w.columns + at,
-                         source + column * (V * kLanes), b == 0, tile);
-    }
-    Out::template scatter<V>(task, first, count, row, stop, tile);
+  const int64_t step = kMostTiledRows / task.w.tile * task.w.tile;
+  // Read once, a part of the panel is dropped with its block and never leaves the first cache.
+  const bool keep = held != nullptr || end - begin > step;
+  for (int64_t row = begin; row < end; row += step) {
+    float* fill = held == nullptr && row == begin ? task.workspace : nullptr;
+    tiled_rows<In, Out, V>(task, first, count, row, smaller(row + step, end),
+                           held == nullptr ? task.workspace : held, fill, keep);
   }
 }
 

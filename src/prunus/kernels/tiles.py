@@ -12,7 +12,7 @@ import numpy as np
 from prunus.errors import FormatError
 from prunus.formats.csr import check_compressed
 
-MOST_ROWS = 256
+MOST_ROWS, LEAST_ROWS = 256, 128
 ROW_GROUP = 16
 MAX_BLOCK = (1 << 16) - 1
 DEFAULT_BLOCK = 160
@@ -24,8 +24,8 @@ def tile_rows(rows: int) -> int:
 
     The native side computes the same (native/src/blob.h).
     """
-    if rows <= MOST_ROWS // 2:
-        return MOST_ROWS // 2
+    if rows <= LEAST_ROWS:
+        return LEAST_ROWS
     tiles = -(-rows // (2 * MOST_ROWS)) * 2
     return -(-(-(-rows // tiles)) // ROW_GROUP) * ROW_GROUP
 
