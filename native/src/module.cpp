@@ -26,11 +26,13 @@ namespace {
 
 [[noreturn]] void bad_value(const std::string& message) { fail("ValueRangeError", message); }
 
-const BlobHeader& checked_blob(uintptr_t address) {
+const BlobHeader& checked_blob(uintptr_t address, bool tiles = false) {
   if (address == 0 || address % 8 != 0)
     bad_value("the blob's address is null or not 8-byte aligned");
   const auto& header = *reinterpret_cast<const BlobHeader*>(address);
   if (!is_blob(header)) fail("FormatError", "not a kernel blob of this version; pack it again");
+  if (is_tiled(header) && !tiles)
+    fail("FormatError", "this kernel takes a weight by rows, not in tiles; pack it again");
   return header;
 }
 
@@ -40,8 +42,8 @@ void check_floats(const char* name, uintptr_t address, bool needed) {
 }
 
 Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
-                  uintptr_t residual, uint32_t flags, int threads, int isa) {
-  checked_blob(blob);
+                  uintptr_t residual, uint32_t flags, int threads, int isa, bool tiles = true) {
+  checked_blob(blob, tiles);
   Call call{};
   call.w = open_blob(reinterpret_cast<const void*>(blob));
   if (n < 0 || n > INT32_MAX || threads < 1)
@@ -122,7 +124,7 @@ Conv checked_conv(const Geometry& g, const Weight& w) {
 
 void conv_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, const Geometry& geometry, uintptr_t bias,
               uint32_t flags, int threads, int isa, uintptr_t residual) {
-  Call call = checked_call(blob, x, y, geometry[0], bias, residual, flags, threads, isa);
+  Call call = checked_call(blob, x, y, geometry[0], bias, residual, flags, threads, isa, false);
   call.layout = Layout::conv;
   call.conv = checked_conv(geometry, call.w);
   const int64_t pixels = conv_pixels(call.conv);

@@ -1,5 +1,6 @@
 // Runs every kernel of every instruction set this machine has on awkward shapes, against a loop
 // in double precision. Meant for AddressSanitizer and UBSan: every buffer has its exact size.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -68,11 +69,49 @@ Blob pack(const std::vector<float>& dense, int64_t rows, int64_t cols, uint32_t 
   return blob;
 }
 
+// The same weight in tiles, its blocks kept.
+Blob tiled(Blob& from) {
+  const Weight w = open_blob(from.bytes());
+  const int64_t tile = tile_rows(w.rows), tiles = (w.rows + tile - 1) / tile;
+  BlobHeader h = *reinterpret_cast<const BlobHeader*>(from.bytes());
+  h.kind = kTiledF32;
+  h.columns_at = (64 + 4 * (h.blocks * h.rows + tiles + 1) + 7) / 8 * 8;
+  h.values_at = (h.columns_at + 2 * h.nnz + 7) / 8 * 8;
+  Blob blob;
+  blob.words.resize((h.values_at + 4 * h.nnz + 7) / 8);
+  std::memcpy(blob.bytes(), &h, sizeof h);
+  auto* entries = reinterpret_cast<uint32_t*>(blob.bytes() + h.offsets_at);
+  auto* starts = entries + w.rows * w.blocks;
+  auto* columns = reinterpret_cast<uint16_t*>(blob.bytes() + h.columns_at);
+  auto* values = reinterpret_cast<float*>(blob.bytes() + h.values_at);
+  uint32_t at = 0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    *starts++ = at;
+    const int64_t end = std::min((t + 1) * tile, w.rows);
+    for (int64_t b = 0; b < w.blocks; ++b) {
+      const uint32_t* offsets = w.offsets + b * w.rows;
+      const auto count = [&](int64_t row) { return offsets[row + 1] - offsets[row]; };
+      std::vector<int64_t> order;
+      for (int64_t row = t * tile; row < end; ++row) order.push_back(row);
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int64_t p, int64_t q) { return count(p) > count(q); });
+      for (int64_t row : order) {
+        *entries++ = static_cast<uint32_t>(row - t * tile) | count(row) << 16;
+        std::copy(w.columns + offsets[row], w.columns + offsets[row + 1], columns + at);
+        std::copy(w.values + offsets[row], w.values + offsets[row + 1], values + at);
+        at += count(row);
+      }
+    }
+  }
+  *starts = at;
+  return blob;
+}
+
 struct Case {
   int64_t m, k, n;
   double sparsity;
   uint32_t block;
-  bool tokens, bias, relu;
+  bool in_tiles, tokens, bias, relu;
   int threads, isa;
 };
 
@@ -108,6 +147,7 @@ bool run_case(const Case& c) {
   for (float& value : dense)
     value = std::fabs(uniform()) < c.sparsity ? 0.0f : static_cast<float>(uniform());
   Blob blob = pack(dense, c.m, c.k, c.block);
+  if (c.in_tiles) blob = tiled(blob);
   const int64_t pad = c.tokens ? 0 : 3;
   const int64_t ldx = c.tokens ? c.k : c.n + pad, ldy = c.tokens ? c.m : c.n + pad;
   const auto x = noise(c.tokens ? c.n * c.k : (c.k ? (c.k - 1) * ldx + c.n : 0));
@@ -265,7 +305,9 @@ int main() {
   for (int isa = 0; isa < available_count(); ++isa)
     for (int i = 0; i < 600; ++i, ++done) {
       const int64_t n = i % 5 == 0 ? pick(sizes) : pick(wide);
-      failed += !run_case({pick(sizes), pick(sizes), n, pick(sparsities), pick(blocks), i % 2 == 0,
+      const bool in_tiles = i % 3 == 0;
+      const int64_t m = i % 30 == 0 ? 1100 : pick(sizes);
+      failed += !run_case({m, pick(sizes), n, pick(sparsities), pick(blocks), in_tiles, i % 2 == 0,
                            rng() % 2 == 0, rng() % 2 == 0, static_cast<int>(1 + rng() % 3), isa});
     }
   for (int isa = 0; isa < available_count(); ++isa)

@@ -73,12 +73,14 @@ class Sections:
         return rows, self.columns + (segments // max(info.rows, 1)) * info.block
 
 
-def pack(weight: Packed | np.ndarray, block: int | None = None) -> np.ndarray:
+def pack(
+    weight: Packed | np.ndarray, block: int | None = None, layout: str = "csr"
+) -> np.ndarray:
     """Pack a weight [rows, ...] (its 2-d view [rows, -1]) into a blob, 64-byte aligned uint8.
 
     weight: float32, or float16 and bfloat16 (Packed), which widen exactly. block: columns per
-    block, 1 to 65536; None is the fastest on average. Raises ShapeError, ValueRangeError and
-    FormatError.
+    block, 1 to 65536; None is the fastest on average. layout: "csr", or "tiled" for products with
+    16 or more columns (see `tile`). Raises ShapeError, ValueRangeError and FormatError.
     """
     if isinstance(weight, Packed):
         shape, rows, columns, values = _from_packed(weight)
@@ -89,7 +91,7 @@ def pack(weight: Packed | np.ndarray, block: int | None = None) -> np.ndarray:
         matrix = _widen(weight, weight.dtype.name).reshape(shape)
         rows, columns = np.nonzero(matrix)
         values = matrix[rows, columns]
-    return assemble(shape, rows, columns, values, block)
+    return assemble(shape, rows, columns, values, block, layout)
 
 
 def _from_packed(weight: Packed) -> tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from prunus.errors import ShapeError
 from prunus.runtime.dense import DenseLayer
 from prunus.runtime.epilogue import Fusing
 from prunus.runtime.modules import SparseConv2d, SparseLinear
-from prunus.runtime.plan import DENSE_BF16, SPARSE, Layer
+from prunus.runtime.plan import DENSE_BF16, SPARSE, TILED, Layer
 
 KINDS = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
 BOTH = frozenset(KINDS.values())
@@ -40,6 +40,7 @@ class Candidate:
 # One row per way. The first sparse one that is no slower than the others is taken.
 TABLE = (
     Candidate(SPARSE, BOTH, lambda module: pack_layer(module)),
+    Candidate(TILED, frozenset({"linear"}), lambda module: tiled_layer(module)),
     Candidate(
         DENSE_BF16,
         BOTH,
@@ -206,6 +207,12 @@ def pack_layer(module: nn.Module) -> SparseLinear | SparseConv2d:
     if isinstance(module, nn.Linear):
         return SparseLinear.from_dense(module)
     raise ShapeError(f"{type(module).__name__} has no sparse twin")
+
+
+def tiled_layer(module: nn.Module) -> SparseLinear:
+    """The packed twin of a linear layer, in tiles."""
+    assert isinstance(module, nn.Linear)
+    return SparseLinear.from_dense(module, TILED)
 
 
 def dense_layer(module: nn.Module, dtype: torch.dtype = torch.float32) -> DenseLayer:

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 SPARSE = "csr"
+TILED = "tiled"
 DENSE = "dense"
 DENSE_BF16 = "dense bf16"
 

@@ -214,7 +214,8 @@ def parts_of(layers: Sequence[nn.Module]) -> list[part.LinearPart]:
         none = [weight.new_zeros(twin.out_features) for twin in twins]
         biases = [zeros if t.bias is None else t.bias for t, zeros in zip(twins, none, strict=True)]
         dense.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
-    return part.split(SparseLinear.from_dense(dense), [twin.out_features for twin in twins])
+    layout = twins[0].layout if len({twin.layout for twin in twins}) == 1 else "csr"
+    return part.split(SparseLinear.from_dense(dense, layout), [twin.out_features for twin in twins])
 
 
 class _Family(nn.Module):

@@ -18,10 +18,10 @@ from prunus.runtime.ops import blob_array
 ALIGNMENT = 64
 
 
-def pack_weight(weight: Tensor, block: int | None = None) -> Tensor:
-    """Blob of a weight [M, ...] as the matrix [M, -1], in fp32; block as in kernels.pack."""
+def pack_weight(weight: Tensor, block: int | None = None, layout: str = "csr") -> Tensor:
+    """Blob of a weight [M, ...] as the matrix [M, -1], in fp32; options as in kernels.pack."""
     matrix = weight.detach().to("cpu", torch.float32).reshape(weight.shape[0], -1)
-    return torch.from_numpy(kernels.pack(matrix.contiguous().numpy(), block))
+    return torch.from_numpy(kernels.pack(matrix.contiguous().numpy(), block, layout))
 
 
 def check_blob(packed: Tensor, place: str) -> tuple[int, int]:
@@ -81,6 +81,11 @@ class PackedWeight(Fusing, abc.ABC):
         """The dense weight, fp32, unpacked anew at every access; writing to it changes nothing."""
         dense = kernels.unpack(blob_array(self.packed))
         return torch.from_numpy(dense).reshape(self.weight_shape)
+
+    @property
+    def layout(self) -> str:
+        """Of kernels.pack: "csr", or "tiled"."""
+        return "tiled" if kernels.info(blob_array(self.packed)).tiled else "csr"
 
     @property
     def nonzeros(self) -> int:
