@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunus import kernels
-from prunus.errors import FormatError, ValueRangeError
+from prunus.errors import FormatError, ShapeError, ValueRangeError
 from prunus.kernels import blob as blobs
 from prunus.kernels import tiles
 
@@ -78,17 +80,19 @@ def test_several_tiles_and_blocks_match_float64(isa, planes):
         bias = np.random.default_rng(seed).standard_normal(m).astype(np.float32)
         blob = kernels.tile(kernels.pack(weight), block)
         options = {"bias": bias, "isa": isa}
+        exact = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
+        scale = np.abs(x).astype(np.float64) @ np.abs(weight.T) + np.abs(bias)
+        terms = np.count_nonzero(weight, axis=1) + kernels.info(blob).blocks + 2
+        outputs = []
         for threads in (1, 2, 5):
             if planes:
-                y = kernels.matmul_planes(blob, np.ascontiguousarray(x.T), threads=threads, **options).T
+                turned = np.ascontiguousarray(x.T)
+                y = kernels.matmul_planes(blob, turned, threads=threads, **options).T
             else:
                 y = kernels.linear(blob, x, threads=threads, **options)
-            exact = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
-            scale = np.abs(x).astype(np.float64) @ np.abs(weight.T) + np.abs(bias)
-            terms = np.count_nonzero(weight, axis=1) + tiles.tile_count(k) + 2
             assert np.all(np.abs(y - exact) <= terms * np.finfo(np.float32).eps * scale)
-            first = y.tobytes() if threads == 1 else first
-            assert y.tobytes() == first
+            outputs.append(y.tobytes())
+        assert len(set(outputs)) == 1
 
 
 @pytest.mark.parametrize("place", ["entry", "swap", "count", "start", "column"])
@@ -108,6 +112,47 @@ def test_corrupt_tiles_are_found(place):
         views.columns[-1] = 39
     with pytest.raises(FormatError):
         kernels.validate(blob)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("widths", [(70, 300, 60), (33, 1100, 40, 17), (5, 1, 3)])
+def test_chains_match_layers_one_by_one(isa, widths):
+    rng = np.random.default_rng(len(widths))
+    layers = [sparse(m, k, 0.7, seed=m) for k, m in itertools.pairwise(widths)]
+    held = [kernels.pack(weight, 64, "tiled") for weight in layers]
+    biases = [rng.standard_normal(len(layers[0])).astype(np.float32), *[None] * (len(layers) - 1)]
+    names = ["gelu", *["relu"] * (len(layers) - 2), "silu"]
+    for n in (0, 1, 2, 16, 33, 64, 65, 150):
+        x = rng.standard_normal((n, widths[0])).astype(np.float32)
+        residual = rng.standard_normal((n, widths[-1])).astype(np.float32)
+        wanted = x
+        for i, blob in enumerate(held):
+            added = residual if i + 1 == len(held) else None
+            wanted = kernels.reference.linear(blob, wanted, biases[i], names[i], added)
+        outputs = [
+            kernels.chain(held, x, biases, names, threads, isa, residual) for threads in (1, 2, 3)
+        ]
+        scale = np.abs(wanted).max(initial=1.0)
+        assert np.abs(outputs[0] - wanted).max(initial=0.0) <= 2e-5 * scale
+        assert len({y.tobytes() for y in outputs}) == 1
+
+
+def test_chains_refuse_what_does_not_fit():
+    one, two = kernels.pack(sparse(8, 6, 0.5), layout="tiled"), kernels.pack(sparse(4, 8, 0.5))
+    x = np.zeros((3, 6), np.float32)
+    with pytest.raises(ValueRangeError, match="two or more"):
+        kernels.chain([one], x)
+    with pytest.raises(ValueRangeError, match="tiles"):
+        kernels.chain([one, two], x)
+    with pytest.raises(ShapeError, match="fit"):
+        kernels.chain([one, one], x)
+    two = kernels.tile(two)
+    with pytest.raises(ShapeError, match="residual"):
+        kernels.chain([one, two], x, residual=x)
+    y = np.zeros((3, 4), np.float32)
+    for call in (kernels.chain_ptr, kernels.addresses.chain_ptr):
+        with pytest.raises(ValueRangeError, match="two or more"):
+            call([one.ctypes.data], [0], [0], x.ctypes.data, y.ctypes.data, 3)
 
 
 def test_refusals():

@@ -73,9 +73,7 @@ class Sections:
         return rows, self.columns + (segments // max(info.rows, 1)) * info.block
 
 
-def pack(
-    weight: Packed | np.ndarray, block: int | None = None, layout: str = "csr"
-) -> np.ndarray:
+def pack(weight: Packed | np.ndarray, block: int | None = None, layout: str = "csr") -> np.ndarray:
     """Pack a weight [rows, ...] (its 2-d view [rows, -1]) into a blob, 64-byte aligned uint8.
 
     weight: float32, or float16 and bfloat16 (Packed), which widen exactly. block: columns per
@@ -192,9 +190,7 @@ def _align(position: int) -> int:
     return (position + 63) // 64 * 64
 
 
-def new_blob(
-    shape: tuple[int, int], nnz: int, block: int, *, tiled: bool = False
-) -> np.ndarray:
+def new_blob(shape: tuple[int, int], nnz: int, block: int, *, tiled: bool = False) -> np.ndarray:
     """A blob of zeros with a finished header; the sections are still to be filled."""
     blocks = max(1, -(-shape[1] // block))
     *places, end = _places(shape[0], blocks, nnz, tiled)

@@ -27,7 +27,7 @@ def tile_rows(rows: int) -> int:
     if rows <= LEAST_ROWS:
         return LEAST_ROWS
     tiles = -(-rows // (2 * MOST_ROWS)) * 2
-    return -(-(-(-rows // tiles)) // ROW_GROUP) * ROW_GROUP
+    return -(-rows // (tiles * ROW_GROUP)) * ROW_GROUP
 
 
 def tile_count(rows: int) -> int:
