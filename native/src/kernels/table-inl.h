@@ -2,6 +2,8 @@
 
 void spmm_tokens_f32(const Task& task) { spmm<Tokens>(task); }
 void spmm_planes_f32(const Task& task) { spmm<Planes>(task); }
+void spmv_f32(const Task& task) { spmv(task); }
+void conv_f32(const Task& task) { conv(task); }
 void tiled_tokens_f32(const Task& task) {
   if (task.panel_in) {
     task.panel_out ? tiled<Panel, Panel>(task) : tiled<Panel, Tokens>(task);
@@ -10,5 +12,3 @@ void tiled_tokens_f32(const Task& task) {
   }
 }
 void tiled_planes_f32(const Task& task) { tiled<Planes, Planes>(task); }
-void spmv_f32(const Task& task) { spmv(task); }
-void conv_f32(const Task& task) { conv(task); }
