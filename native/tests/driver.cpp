@@ -168,6 +168,51 @@ bool run_case(const Case& c) {
   return run(call) && check(c, dense, x.get(), call.bias, y.get(), ldx, ldy);
 }
 
+// Two or three layers in tiles against the same layers one by one.
+bool chain_case(int64_t n, int isa) {
+  const int64_t widths[] = {1 + static_cast<int64_t>(rng() % 90), rng() % 4 ? 100 : 1100,
+                            1 + static_cast<int64_t>(rng() % 90), 40};
+  const int count = 2 + rng() % 2;
+  std::vector<Blob> blobs;
+  std::vector<ChainLayer> layers;
+  const auto bias = noise(1100);
+  for (int i = 0; i < count; ++i) {
+    std::vector<float> dense(widths[i] * widths[i + 1]);
+    for (float& value : dense) value = uniform() < 0.6 ? 0.0f : static_cast<float>(uniform());
+    Blob rows = pack(dense, widths[i + 1], widths[i], rng() % 2 ? 65535 : 40);
+    blobs.push_back(tiled(rows));
+    layers.push_back({open_blob(blobs[i].bytes()), rng() % 2 ? bias.get() : nullptr, kRelu});
+  }
+  const int64_t rows = widths[count];
+  const auto x = noise(n * widths[0]), y = noise(n * rows), residual = noise(n * rows);
+  const Kernels* kernels = &kernels_at(isa);
+  const int threads = static_cast<int>(1 + rng() % 3);
+  if (!run_chain({layers.data(), count, x.get(), y.get(), n, residual.get(), threads, kernels}))
+    return false;
+  std::vector<float> last(x.get(), x.get() + n * widths[0]);
+  for (int i = 0; i < count; ++i) {
+    std::vector<float> next(n * widths[i + 1]);
+    Call call{};
+    call.w = layers[i].w;
+    call.layout = Layout::tokens;
+    call.x = last.data();
+    call.ldx = widths[i];
+    call.y = next.data();
+    call.ldy = widths[i + 1];
+    call.n = n;
+    call.bias = layers[i].bias;
+    call.residual = i + 1 == count ? residual.get() : nullptr;
+    call.flags = kRelu;
+    call.threads = 1;
+    call.kernels = kernels;
+    if (!run(call)) return false;
+    last = next;
+  }
+  if (std::equal(last.begin(), last.end(), y.get())) return true;
+  std::printf("%s chain of %d, n=%ld differs\n", kernels->isa, count, static_cast<long>(n));
+  return false;
+}
+
 // One axis that the kernel fits into.
 Axis random_axis() {
   Axis a{};
@@ -310,6 +355,8 @@ int main() {
       failed += !run_case({m, pick(sizes), n, pick(sparsities), pick(blocks), in_tiles, i % 2 == 0,
                            rng() % 2 == 0, rng() % 2 == 0, static_cast<int>(1 + rng() % 3), isa});
     }
+  for (int isa = 0; isa < available_count(); ++isa)
+    for (int i = 0; i < 60; ++i, ++done) failed += !chain_case(pick(sizes), isa);
   for (int isa = 0; isa < available_count(); ++isa)
     for (int i = 0; i < 150; ++i, ++done) failed += !conv_case(isa);
   for (int isa = 0; isa < available_count(); ++isa)

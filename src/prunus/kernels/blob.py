@@ -130,7 +130,7 @@ def assemble(
         raise ValueRangeError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
     tiled = layout == "tiled"
     if block is None:
-        block = tiles.DEFAULT_BLOCK if tiled else DEFAULT_BLOCK
+        block = tiles.usual_block(shape, len(values)) if tiled else DEFAULT_BLOCK
     most = tiles.MAX_BLOCK if tiled else MAX_BLOCK
     if not 1 <= block <= most:
         raise ValueRangeError(f"block {block} is not within 1 to {most}")
