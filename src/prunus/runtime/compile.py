@@ -49,8 +49,7 @@ def compile(
     the residual addition and then the activation (ReLU, ReLU6, GELU, SiLU) behind it; a module
     whose forward pass changes by that keeps its class but runs a traced one, for arguments as in
     the example. Packed linear layers of one module that read the same tensor become one, where that
-    is faster; their outputs are views of its output. Where one directly follows another they may
-    become one operator in the place of the last (`runtime.chain`), the others nn.Identity.
+    is faster; their outputs are views of its output. Those that follow each other become a chain.
     threads: what to measure with (None: torch.get_num_threads()).
     dtype: torch.bfloat16 also allows weights and dense layers in bfloat16, where they win.
     duplicate_weights: a layer whose fastest way differs between sizes of its input may hold its
@@ -74,8 +73,7 @@ def compile(
         swaps, fused = _rewritten(base, example, swaps)
         linked, chained = chain.link(base, example, swaps, fused.forwards, calls, options)
         merged = siblings.merge(base, example, linked, fused.forwards, calls, options)
-        apart = siblings.Merged(linked, fused.forwards)
-        made = functools.partial(_made, base, apart, merged)
+        made = functools.partial(_made, base, siblings.Merged(linked, fused.forwards), merged)
         if verify and swaps:
             forms = (assemble(model, {}, share=True), made(Form(True, merged=True)))
             tolerance = FP32 if dtype == torch.float32 else BF16
@@ -83,8 +81,7 @@ def compile(
         plan, form = _form(made, example, plan, options, bool(swaps), bool(merged.groups))
     rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
     names = tuple(group.names for group in merged.groups) if form.merged else ()
-    chained = chained if form.swapped else ()
-    plan = dataclasses.replace(plan, rows=rows, merged=names, chained=chained)
+    plan = dataclasses.replace(plan, rows=rows, merged=names, chained=chained * form.swapped)
     final = form.of(made(form, share=False)).requires_grad_(False)
     taken = not isinstance(getattr(model, "plan", plan), Plan)
     setattr(final, "prunus_plan" if taken else "plan", plan)
