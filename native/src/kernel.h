@@ -16,13 +16,15 @@ constexpr uint32_t kAccumulate = 1u << 16;
 // Row ranges given to a kernel start at multiples of this many rows.
 constexpr int64_t kRowGroup = 16;
 
-// A packed weight; see blob.h for the layout.
+// A packed weight; see blob.h for the layout. In tiles, `offsets` are entries instead.
 struct Weight {
   int64_t rows, cols, nnz;
   uint32_t block, blocks;
   const uint32_t* offsets;  // [blocks * rows + 1]
   const uint16_t* columns;  // [nnz], relative to the block
   const float* values;      // [nnz]
+  int64_t tile;             // rows of a tile, a multiple of kRowGroup; 0: not in tiles
+  const uint32_t* starts;   // [tiles + 1], first non-zero of each tile; or null
 };
 
 // One share of a product: the positions (panel, row) from `begin` up to but without `end`, in
@@ -45,6 +47,7 @@ struct Task {
   int64_t panel;                      // this many columns of X
   const Vectors* vectors;  // of a product of groups; w holds the shape only
   float* workspace;  // 64-byte aligned, workspace_floats() long
+  bool panel_in, panel_out;  // of a weight in tiles and one panel: x and y are panels themselves
 };
 
 using KernelFunction = void (*)(const Task&);
@@ -62,9 +65,18 @@ struct Kernels {
 // each token of the output gets several neighbouring lines at a time.
 constexpr int64_t kTileRows = 64;
 
+// Rows of a weight in tiles whose outputs are kept at once, and the fewest of one tile.
+constexpr int64_t kMostTiledRows = 1024;
+constexpr int64_t kLeastTile = 128;
+
 // Static: an inline function would be a weak symbol in every ISA file.
 static inline int64_t workspace_floats(const Weight& w, int64_t panel) {
-  return (w.cols + kTileRows + 2 * kRowGroup) * panel;
+  int64_t rows = kTileRows;
+  if (w.tile != 0) {
+    rows = (w.rows + w.tile - 1) / w.tile * w.tile;
+    if (rows > kMostTiledRows) rows = kMostTiledRows;
+  }
+  return (w.cols + rows + 2 * kRowGroup) * panel;
 }
 
 // Parts of the workspace of a convolution, each a multiple of 16 floats long: the panel, the output

@@ -36,11 +36,13 @@ const VectorHeader* vectors_at(uintptr_t address) {
   return is_vectors(header) ? &header : nullptr;
 }
 
-const BlobHeader& checked_blob(uintptr_t address) {
+const BlobHeader& checked_blob(uintptr_t address, bool tiles = false) {
   if (address == 0 || address % 8 != 0)
     bad_value("the blob's address is null or not 8-byte aligned");
   const auto& header = *reinterpret_cast<const BlobHeader*>(address);
   if (!is_blob(header)) fail("FormatError", "not a kernel blob of this version; pack it again");
+  if (is_tiled(header) && !tiles)
+    fail("FormatError", "this kernel takes a weight by rows, not in tiles; pack it again");
   return header;
 }
 
@@ -84,7 +86,7 @@ Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t
     call.w.cols = v.cols;
     return call;
   }
-  const BlobHeader& h = checked_blob(blob);
+  const BlobHeader& h = checked_blob(blob, true);
   Call call = checked_options(h.rows, h.cols, x, y, n, bias, residual, flags, threads, isa);
   call.w = open_blob(reinterpret_cast<const void*>(blob));
   return call;
@@ -133,6 +135,43 @@ void planes_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t b
   execute(call);
 }
 
+// Addresses of blobs in tiles and of their biases (or 0), the flags of each: y = the last layer's
+// output, of n tokens.
+void chain_ptr(const std::vector<uintptr_t>& blobs, const std::vector<uintptr_t>& biases,
+               const std::vector<uint32_t>& flags, uintptr_t x, uintptr_t y, int64_t n,
+               int threads, int isa, uintptr_t residual) {
+  const size_t count = blobs.size();
+  if (count < 2 || biases.size() != count || flags.size() != count)
+    bad_value("a chain takes two or more blobs, and as many biases and flags");
+  std::vector<ChainLayer> layers(count);
+  Call first{};
+  for (size_t i = 0; i < count; ++i) {
+    const bool last = i + 1 == count;
+    const uintptr_t in = i == 0 ? x : y, added = last ? residual : 0;
+    const Call call = checked_call(blobs[i], in, y, n, biases[i], added, flags[i], threads, isa);
+    if (call.w.tile == 0) fail("FormatError", "a chain takes weights in tiles; see kernels.tile");
+    if (i > 0 && call.w.cols != layers[i - 1].w.rows)
+      fail("ShapeError", "the layers of a chain do not fit each other");
+    layers[i] = {call.w, call.bias, call.flags};
+    if (i == 0) first = call;
+  }
+  ChainCall chain{};
+  chain.layers = layers.data();
+  chain.count = static_cast<int>(count);
+  chain.x = first.x;
+  chain.y = first.y;
+  chain.n = n;
+  chain.residual = reinterpret_cast<const float*>(residual);
+  chain.threads = threads;
+  chain.kernels = first.kernels;
+  bool ok;
+  {
+    nb::gil_scoped_release release;
+    ok = run_chain(chain);
+  }
+  if (!ok) throw std::bad_alloc();
+}
+
 // batch, channels, groups; then for the vertical and the horizontal axis: input size, output size,
 // kernel, stride, dilation, zeros before.
 using Geometry = std::array<int64_t, 15>;
@@ -161,7 +200,7 @@ Conv checked_conv(const Geometry& g, const Weight& w) {
 
 void conv_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, const Geometry& geometry, uintptr_t bias,
               uint32_t flags, int threads, int isa, uintptr_t residual) {
-  checked_blob(blob);
+  checked_blob(blob);  // groups have no convolution
   Call call = checked_call(blob, x, y, geometry[0], bias, residual, flags, threads, isa);
   call.layout = Layout::conv;
   call.conv = checked_conv(geometry, call.w);
@@ -312,6 +351,9 @@ NB_MODULE(_native, m) {
   m.doc() = "Sparse kernels of prunus; prunus.kernels is their Python face.";
   m.def("linear_ptr", &linear_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("y_ptr"),
         nb::arg("n"), nb::arg("bias_ptr") = 0, nb::arg("flags") = 0, nb::arg("threads") = 1,
+        nb::arg("isa") = -1, nb::arg("residual_ptr") = 0);
+  m.def("chain_ptr", &chain_ptr, nb::arg("blob_ptrs"), nb::arg("bias_ptrs"), nb::arg("flags"),
+        nb::arg("x_ptr"), nb::arg("y_ptr"), nb::arg("n"), nb::arg("threads") = 1,
         nb::arg("isa") = -1, nb::arg("residual_ptr") = 0);
   m.def("planes_ptr", &planes_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("y_ptr"),
         nb::arg("n"), nb::arg("bias_ptr"), nb::arg("flags"), nb::arg("threads"), nb::arg("ldx"),

@@ -52,10 +52,12 @@ class Workspace {
 };
 
 thread_local Workspace workspace;
+thread_local Workspace between;  // the panels between the layers of a chain
 
 // Work of the rows before `row`, summed over the column blocks.
 int64_t work_before(const Weight& w, int64_t row) {
   int64_t total = row * kRowCost;
+  if (w.tile != 0) return total + w.starts[(row + w.tile - 1) / w.tile];
   for (uint32_t b = 0; b < w.blocks; ++b) {
     const uint32_t* offsets = w.offsets + b * w.rows;
     total += static_cast<int64_t>(offsets[row]) - offsets[0];
@@ -77,16 +79,17 @@ struct Plan {
     *at_row = 0;
     if (index == 0 || *at_panel == panels) return;
     const int64_t rest = target - *at_panel * work;
-    int64_t low = 0, high = (task.w.rows + kRowGroup - 1) / kRowGroup;
+    const int64_t group = task.w.tile != 0 ? task.w.tile : kRowGroup;
+    int64_t low = 0, high = (task.w.rows + group - 1) / group;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (work_before(task.w, std::min(middle * kRowGroup, task.w.rows)) < rest) {
+      if (work_before(task.w, std::min(middle * group, task.w.rows)) < rest) {
         low = middle + 1;
       } else {
         high = middle;
       }
     }
-    *at_row = std::min(low * kRowGroup, task.w.rows);
+    *at_row = std::min(low * group, task.w.rows);
   }
 };
 
@@ -189,6 +192,9 @@ bool run(const Call& call) {
     plan.task.conv = &call.conv;
     plan.kernel = call.kernels->conv_f32;
     plan.panel = call.kernels->panel * call.conv.panels;
+  } else if (w.tile != 0) {
+    plan.kernel = tokens ? call.kernels->tiled_tokens_f32 : call.kernels->tiled_planes_f32;
+    plan.panel = call.kernels->panel;
   } else if (call.n == 1 && (tokens || call.ldx == 1)) {
     plan.kernel = call.kernels->spmv_f32;
     plan.panel = 1;
@@ -205,6 +211,67 @@ bool run(const Call& call) {
   const double useful = std::min(work / static_cast<double>(least), double{kMaxThreads});
   plan.parts = std::max(1, std::min(call.threads, static_cast<int>(useful)));
   return run_parts(plan.parts, run_share, &plan);
+}
+
+namespace {
+
+struct ChainPlan {
+  const ChainCall& call;
+  int64_t panel, panels, widest;  // widest: floats of the widest panel between two layers
+  int parts;
+};
+
+bool run_chain_panel(const ChainPlan& plan, int64_t index, float* held) {
+  const ChainCall& call = plan.call;
+  for (int i = 0; i < call.count; ++i) {
+    const ChainLayer& layer = call.layers[i];
+    Task task{};
+    task.w = layer.w;
+    task.bias = layer.bias;
+    task.flags = layer.flags;
+    task.n = call.n;
+    task.begin_panel = index;
+    task.end_panel = index + 1;
+    task.panel_in = i > 0;
+    task.panel_out = i + 1 < call.count;
+    task.x = task.panel_in ? held + (i - 1) % 2 * plan.widest : call.x;
+    task.y = task.panel_out ? held + i % 2 * plan.widest : call.y;
+    task.ldx = layer.w.cols;
+    task.ldy = layer.w.rows;
+    task.residual = task.panel_out ? nullptr : call.residual;
+    task.workspace = workspace.at_least(workspace_floats(layer.w, plan.panel));
+    if (task.workspace == nullptr) return false;
+    call.kernels->tiled_tokens_f32(task);
+  }
+  return true;
+}
+
+bool run_chain_share(void* context, int index) {
+  const ChainPlan& plan = *static_cast<const ChainPlan*>(context);
+  float* held = between.at_least(2 * plan.widest);
+  if (held == nullptr) return false;
+  const int64_t end = plan.panels * (index + 1) / plan.parts;
+  for (int64_t p = plan.panels * index / plan.parts; p < end; ++p)
+    if (!run_chain_panel(plan, p, held)) return false;
+  return true;
+}
+
+}  // namespace
+
+bool run_chain(const ChainCall& call) {
+  if (call.n == 0) return true;
+  const int64_t panel = call.kernels->panel;
+  ChainPlan plan{call, panel, (call.n + panel - 1) / panel, 0, 1};
+  double work = 0;
+  for (int i = 0; i < call.count; ++i) {
+    const Weight& w = call.layers[i].w;
+    work += static_cast<double>(work_before(w, w.rows)) * static_cast<double>(call.n);
+    if (i + 1 < call.count) plan.widest = std::max(plan.widest, (w.rows + kRowGroup) * panel);
+  }
+  const double useful = std::min(work / static_cast<double>(grain()), double{kMaxThreads});
+  const int threads = std::max(1, std::min(call.threads, static_cast<int>(useful)));
+  plan.parts = static_cast<int>(std::min<int64_t>(threads, plan.panels));
+  return run_parts(plan.parts, run_chain_share, &plan);
 }
 
 }  // namespace prunus

@@ -36,6 +36,26 @@ bool run(const Call& call);
 
 // The same for a weight in groups, tokens or planes.
 bool run_vectors(const Call& call);
+// Layers in tiles, one after another; between them a panel of tokens stays a panel.
+struct ChainLayer {
+  Weight w;
+  const float* bias;  // or null
+  uint32_t flags;
+};
+
+struct ChainCall {
+  const ChainLayer* layers;
+  int count;  // at least two
+  const float* x;
+  float* y;
+  int64_t n;
+  const float* residual;  // laid out as y, of the last layer; or null
+  int threads;
+  const Kernels* kernels;
+};
+
+// False if memory for the panels cannot be had. The result does not depend on the threads.
+bool run_chain(const ChainCall& call);
 
 // Fills `to`, whose header already describes the transpose of `from`.
 void transpose_blob(const void* from, void* to);

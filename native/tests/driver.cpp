@@ -1,5 +1,6 @@
 // Runs every kernel of every instruction set this machine has on awkward shapes, against a loop
 // in double precision. Meant for AddressSanitizer and UBSan: every buffer has its exact size.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -70,11 +71,49 @@ Blob pack(const std::vector<float>& dense, int64_t rows, int64_t cols, uint32_t 
   return blob;
 }
 
+// The same weight in tiles, its blocks kept.
+Blob tiled(Blob& from) {
+  const Weight w = open_blob(from.bytes());
+  const int64_t tile = tile_rows(w.rows), tiles = (w.rows + tile - 1) / tile;
+  BlobHeader h = *reinterpret_cast<const BlobHeader*>(from.bytes());
+  h.kind = kTiledF32;
+  h.columns_at = (64 + 4 * (h.blocks * h.rows + tiles + 1) + 7) / 8 * 8;
+  h.values_at = (h.columns_at + 2 * h.nnz + 7) / 8 * 8;
+  Blob blob;
+  blob.words.resize((h.values_at + 4 * h.nnz + 7) / 8);
+  std::memcpy(blob.bytes(), &h, sizeof h);
+  auto* entries = reinterpret_cast<uint32_t*>(blob.bytes() + h.offsets_at);
+  auto* starts = entries + w.rows * w.blocks;
+  auto* columns = reinterpret_cast<uint16_t*>(blob.bytes() + h.columns_at);
+  auto* values = reinterpret_cast<float*>(blob.bytes() + h.values_at);
+  uint32_t at = 0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    *starts++ = at;
+    const int64_t end = std::min((t + 1) * tile, w.rows);
+    for (int64_t b = 0; b < w.blocks; ++b) {
+      const uint32_t* offsets = w.offsets + b * w.rows;
+      const auto count = [&](int64_t row) { return offsets[row + 1] - offsets[row]; };
+      std::vector<int64_t> order;
+      for (int64_t row = t * tile; row < end; ++row) order.push_back(row);
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int64_t p, int64_t q) { return count(p) > count(q); });
+      for (int64_t row : order) {
+        *entries++ = static_cast<uint32_t>(row - t * tile) | count(row) << 16;
+        std::copy(w.columns + offsets[row], w.columns + offsets[row + 1], columns + at);
+        std::copy(w.values + offsets[row], w.values + offsets[row + 1], values + at);
+        at += count(row);
+      }
+    }
+  }
+  *starts = at;
+  return blob;
+}
+
 struct Case {
   int64_t m, k, n;
   double sparsity;
   uint32_t block;
-  bool tokens, bias, relu;
+  bool in_tiles, tokens, bias, relu;
   int threads, isa;
 };
 
@@ -110,6 +149,7 @@ bool run_case(const Case& c) {
   for (float& value : dense)
     value = std::fabs(uniform()) < c.sparsity ? 0.0f : static_cast<float>(uniform());
   Blob blob = pack(dense, c.m, c.k, c.block);
+  if (c.in_tiles) blob = tiled(blob);
   const int64_t pad = c.tokens ? 0 : 3;
   const int64_t ldx = c.tokens ? c.k : c.n + pad, ldy = c.tokens ? c.m : c.n + pad;
   const auto x = noise(c.tokens ? c.n * c.k : (c.k ? (c.k - 1) * ldx + c.n : 0));
@@ -128,6 +168,51 @@ bool run_case(const Case& c) {
   call.threads = c.threads;
   call.kernels = &kernels_at(c.isa);
   return run(call) && check(c, dense, x.get(), call.bias, y.get(), ldx, ldy);
+}
+
+// Two or three layers in tiles against the same layers one by one.
+bool chain_case(int64_t n, int isa) {
+  const int64_t widths[] = {1 + static_cast<int64_t>(rng() % 90), rng() % 4 ? 100 : 1100,
+                            1 + static_cast<int64_t>(rng() % 90), 40};
+  const int count = 2 + rng() % 2;
+  std::vector<Blob> blobs;
+  std::vector<ChainLayer> layers;
+  const auto bias = noise(1100);
+  for (int i = 0; i < count; ++i) {
+    std::vector<float> dense(widths[i] * widths[i + 1]);
+    for (float& value : dense) value = uniform() < 0.6 ? 0.0f : static_cast<float>(uniform());
+    Blob rows = pack(dense, widths[i + 1], widths[i], rng() % 2 ? 65535 : 40);
+    blobs.push_back(tiled(rows));
+    layers.push_back({open_blob(blobs[i].bytes()), rng() % 2 ? bias.get() : nullptr, kRelu});
+  }
+  const int64_t rows = widths[count];
+  const auto x = noise(n * widths[0]), y = noise(n * rows), residual = noise(n * rows);
+  const Kernels* kernels = &kernels_at(isa);
+  const int threads = static_cast<int>(1 + rng() % 3);
+  if (!run_chain({layers.data(), count, x.get(), y.get(), n, residual.get(), threads, kernels}))
+    return false;
+  std::vector<float> last(x.get(), x.get() + n * widths[0]);
+  for (int i = 0; i < count; ++i) {
+    std::vector<float> next(n * widths[i + 1]);
+    Call call{};
+    call.w = layers[i].w;
+    call.layout = Layout::tokens;
+    call.x = last.data();
+    call.ldx = widths[i];
+    call.y = next.data();
+    call.ldy = widths[i + 1];
+    call.n = n;
+    call.bias = layers[i].bias;
+    call.residual = i + 1 == count ? residual.get() : nullptr;
+    call.flags = kRelu;
+    call.threads = 1;
+    call.kernels = kernels;
+    if (!run(call)) return false;
+    last = next;
+  }
+  if (std::equal(last.begin(), last.end(), y.get())) return true;
+  std::printf("%s chain of %d, n=%ld differs\n", kernels->isa, count, static_cast<long>(n));
+  return false;
 }
 
 // One axis that the kernel fits into.
@@ -267,9 +352,13 @@ int main() {
   for (int isa = 0; isa < available_count(); ++isa)
     for (int i = 0; i < 600; ++i, ++done) {
       const int64_t n = i % 5 == 0 ? pick(sizes) : pick(wide);
-      failed += !run_case({pick(sizes), pick(sizes), n, pick(sparsities), pick(blocks), i % 2 == 0,
+      const bool in_tiles = i % 3 == 0;
+      const int64_t m = i % 30 == 0 ? 1100 : pick(sizes);
+      failed += !run_case({m, pick(sizes), n, pick(sparsities), pick(blocks), in_tiles, i % 2 == 0,
                            rng() % 2 == 0, rng() % 2 == 0, static_cast<int>(1 + rng() % 3), isa});
     }
+  for (int isa = 0; isa < available_count(); ++isa)
+    for (int i = 0; i < 60; ++i, ++done) failed += !chain_case(pick(sizes), isa);
   for (int isa = 0; isa < available_count(); ++isa)
     for (int i = 0; i < 150; ++i, ++done) failed += !conv_case(isa);
   for (int isa = 0; isa < available_count(); ++isa)

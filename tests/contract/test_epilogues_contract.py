@@ -26,8 +26,8 @@ FUNCTIONS = {
 
 def call(layout, weight, x_kn, residual=None, **options):
     """Y [M, N] from X [K, N] through a kernel of this layout; residual [M, N]."""
-    blob = kernels.pack(weight)
-    if layout == "planes":
+    blob = kernels.pack(weight, kind="tiled_f32" if layout.startswith("tiled") else "csr_f32")
+    if layout in ("planes", "tiled_planes"):
         return kernels.matmul_planes(blob, x_kn, residual=residual, **options)
     if layout == "conv":
         geometry = kernels.Geometry(1, len(x_kn), (1, x_kn.shape[1]), (1, 1))

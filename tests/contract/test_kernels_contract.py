@@ -38,7 +38,9 @@ def sparse(rng, m, k, sparsity):
 
 def call(layout, blob, x_kn, **options):
     """Y [M, N] from X [K, N] through a kernel of this layout."""
-    if layout == "planes":
+    if layout.startswith("tiled"):
+        blob = kernels.tile(blob, block=min(kernels.info(blob).block, 48))
+    if layout in ("planes", "tiled_planes"):
         return kernels.matmul_planes(blob, np.ascontiguousarray(x_kn), **options)
     if layout == "conv":
         geometry = kernels.Geometry(1, len(x_kn), (1, x_kn.shape[1]), (1, 1))
@@ -156,6 +158,10 @@ def test_unaligned_and_strided_inputs(layout, isa):
         if layout == "conv"
         else kernels.matmul_planes
         if layout == "planes"
+        else (lambda b, x, **o: kernels.matmul_planes(kernels.tile(b, 32), x, **o))
+        if layout == "tiled_planes"
+        else (lambda b, x, **o: kernels.linear(kernels.tile(b, 32), x.T, **o).T)
+        if layout == "tiled"
         else lambda b, x, **o: kernels.linear(b, x.T, **o).T
     )
     for x in inputs:

@@ -76,6 +76,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/dot-x86-inl.h"

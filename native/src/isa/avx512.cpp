@@ -112,6 +112,7 @@ inline Vec sum_lanes(Vec (&b)[kLanes]) {
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
 #ifdef PRUNUS_PAIRS
 #include "kernels/pairs-inl.h"

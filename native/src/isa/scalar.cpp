@@ -110,6 +110,7 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
 #ifdef PRUNUS_TILES
 #include "kernels/tiles-emulated-inl.h"

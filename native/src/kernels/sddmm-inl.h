@@ -90,7 +90,7 @@ inline void sddmm_rows(const Task& task) {
     part.w.cols = rows;
     part.x = task.g + task.begin_row * Layout::row_step(task.ldg);
     part.ldx = task.ldg;
-    Layout::template gather<V>(part, first, count, left);
+    Layout::template gather<V>(part, first, count, 0, part.w.cols, left);
     part.ldx = task.ldx;
     for (uint32_t b = 0; b < w.blocks; ++b) {
       const uint32_t* offsets = w.offsets + b * w.rows + task.begin_row;
@@ -101,7 +101,7 @@ inline void sddmm_rows(const Task& task) {
         const bool last = chunk + kPanelColumns >= width;
         part.w.cols = smaller(kPanelColumns, width - chunk);
         part.x = task.x + (start + chunk) * Layout::row_step(task.ldx);
-        Layout::template gather<V>(part, first, count, panel);
+        Layout::template gather<V>(part, first, count, 0, part.w.cols, panel);
         const InPanel from{panel, chunk, tokens};
         for (int64_t r = 0; r < rows; ++r) {
           const uint32_t begin = cursors[r];

@@ -117,20 +117,21 @@ struct Tokens {
     return nullptr;
   }
 
+  // The rows of the columns [begin, end), to `panel` on.
   template <int V>
-  static void gather(const Task& task, int64_t first, int64_t count, float* panel) {
-    const int64_t cols = task.w.cols;
-    for (int64_t chunk = 0; chunk < cols; chunk += kChunk) {
-      const int64_t stop = smaller(cols, chunk + kChunk);
+  static void gather(const Task& task, int64_t first, int64_t count, int64_t begin, int64_t end,
+                     float* panel) {
+    for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+      const int64_t stop = smaller(end, chunk + kChunk);
       for (int v = 0; v < V; ++v) {
         const int64_t token = v * kLanes;
         for (int64_t k = chunk; k < stop; k += kLanes) {
           const float* from = task.x + (first + token) * task.ldx + k;
-          const int64_t width = smaller(kLanes, cols - k);
+          const int64_t width = smaller(kLanes, stop - k);
           Vec block[kLanes];
           load_block(from, task.ldx, count - token, width, block);
           transpose(block);
-          store_block(block, panel + k * V * kLanes + token, V * kLanes, width);
+          store_block(block, panel + (k - begin) * V * kLanes + token, V * kLanes, width);
         }
       }
     }
@@ -139,26 +140,30 @@ struct Tokens {
   template <int V>
   static void scatter(const Task& task, int64_t first, int64_t count, int64_t begin, int64_t end,
                       const float* tile) {
-    for (int v = 0; v < V; ++v) {
-      for (int64_t row = begin; row < end; row += kLanes) {
-        const int64_t width = smaller(kLanes, end - row);
-        const Vec bias = task.bias ? load_n(task.bias + row, width) : zero();
-        const int64_t token = v * kLanes;
-        const float* from = tile + (row - begin) * V * kLanes + token;
-        Vec block[kLanes];
+    // Each token gets several whole lines at a time: single ones, a power of two apart, collide.
+    alignas(64) float turned[kLanes * kTileRows];
+    for (int v = 0; v < V; ++v)
+      for (int64_t chunk = begin; chunk < end; chunk += kTileRows) {
+        const int64_t stop = smaller(chunk + kTileRows, end);
+        for (int64_t row = chunk; row < stop; row += kLanes) {
+          const float* from = tile + ((row - begin) * V + v) * kLanes;
+          Vec block[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * V * kLanes);
-        transpose(block);
-        const int64_t place = (first + token) * task.ldy + row;
-        if (count - token >= kLanes) {
+          for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * V * kLanes);
+          transpose(block);
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) write(task, place + i * task.ldy, block[i], bias, width);
-        } else {
-          for (int64_t i = 0; i < count - token; ++i)
-            write(task, place + i * task.ldy, block[i], bias, width);
+          for (int i = 0; i < kLanes; ++i) store(turned + i * kTileRows + row - chunk, block[i]);
         }
+        const int64_t token = first + v * kLanes;
+        const int64_t tokens = smaller(kLanes, first + count - token);
+        for (int64_t i = 0; i < tokens; ++i)
+          for (int64_t row = chunk; row < stop; row += kLanes) {
+            const int64_t width = smaller(kLanes, stop - row);
+            const Vec bias = task.bias ? load_n(task.bias + row, width) : zero();
+            const Vec value = load(turned + i * kTileRows + row - chunk);
+            write(task, (token + i) * task.ldy + row, value, bias, width);
+          }
       }
-    }
   }
 };
 
@@ -174,14 +179,15 @@ struct Planes {
   }
 
   template <int V>
-  static void gather(const Task& task, int64_t first, int64_t count, float* panel) {
-    for (int64_t k = 0; k < task.w.cols; ++k) {
+  static void gather(const Task& task, int64_t first, int64_t count, int64_t begin, int64_t end,
+                     float* panel) {
+    for (int64_t k = begin; k < end; ++k) {
       const float* from = task.x + k * task.ldx + first;
       for (int v = 0; v < V; ++v) {
         const int64_t width = smaller(kLanes, count - v * kLanes);
         const float* at = from + v * kLanes;
         const Vec value = width == kLanes ? load(at) : load_n(at, width);
-        store(panel + (k * V + v) * kLanes, value);
+        store(panel + ((k - begin) * V + v) * kLanes, value);
       }
     }
   }
@@ -208,7 +214,7 @@ inline void one_panel(const Task& task, int64_t panel_index, int64_t begin, int6
   float* tile = panel + (task.w.cols + kRowGroup) / kRowGroup * kRowGroup * kPanel;
   const float* source = Layout::template in_place<V>(task, first, count);
   if (source == nullptr) {
-    Layout::template gather<V>(task, first, count, panel);
+    Layout::template gather<V>(task, first, count, 0, task.w.cols, panel);
     source = panel;
   }
   for (int64_t row = begin; row < end; row += kTileRows) {

@@ -17,6 +17,14 @@ void vectors_planes_bf16(const Task& task) { vectors<Planes, Pairs>(task); }
 void vectors_tokens_bf16(const Task& task) { vectors<Tokens, Broadcasts<HalfVectors>>(task); }
 void vectors_planes_bf16(const Task& task) { vectors<Planes, Broadcasts<HalfVectors>>(task); }
 #endif
+void tiled_tokens_f32(const Task& task) {
+  if (task.panel_in) {
+    task.panel_out ? tiled<Panel, Panel>(task) : tiled<Panel, Tokens>(task);
+  } else {
+    task.panel_out ? tiled<Tokens, Panel>(task) : tiled<Tokens, Tokens>(task);
+  }
+}
+void tiled_planes_f32(const Task& task) { tiled<Planes, Planes>(task); }
 
 #include "bitmap-inl.h"
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)

@@ -90,7 +90,7 @@ inline void gather_pairs(const Task& task, int64_t first, int64_t count, float* 
   for (int64_t k = 0; k < task.w.cols; k += kPiece) {
     piece.w.cols = smaller(kPiece, task.w.cols - k);
     piece.x = task.x + Layout::row_of(task, k);
-    Layout::template gather<width / kLanes>(piece, first, count, wide);
+    Layout::template gather<width / kLanes>(piece, first, count, 0, piece.w.cols, wide);
     round_to_bf16(wide, piece.w.cols * width);
     for (int64_t i = 0; i < piece.w.cols; ++i)
       for (int64_t t = 0; t < width; ++t) {

@@ -124,7 +124,8 @@ inline void vector_panel(const Task& task, int64_t first, int64_t count, int64_t
     }
     if (w.order) continue;
     const int64_t row = group * w.height;
-    Layout::template scatter<stride / kLanes>(task, first, count, row, smaller(stop * w.height, w.rows), buffer);
+    const int64_t end_row = smaller(stop * w.height, w.rows);
+    Layout::template scatter<stride / kLanes>(task, first, count, row, end_row, buffer);
   }
   if (w.order) Layout::template scatter<stride / kLanes>(task, first, count, 0, w.rows, buffer);
 }
@@ -136,7 +137,7 @@ struct Broadcasts {
   template <class Layout, int V>
   static void gather(const Task& task, int64_t first, int64_t count, float* panel) {
     const int64_t cols = task.w.cols;
-    Layout::template gather<V>(task, first, count, panel);
+    Layout::template gather<V>(task, first, count, 0, cols, panel);
     Kind::prepare(panel, cols * V * kLanes);
     for (int64_t t = 0; t < V * kLanes; ++t) panel[cols * V * kLanes + t] = 0.0f;
   }

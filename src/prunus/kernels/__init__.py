@@ -1,12 +1,14 @@
 """Sparse kernels for CPUs: blobs, matrix products, and the choice of instruction set."""
 
 from prunus.kernels import addresses, reference
-from prunus.kernels.blob import BlobInfo, pack
+from prunus.kernels.blob import KINDS, BlobInfo, pack, tile
 from prunus.kernels.face import (
     ACTIVATIONS,
     FALLBACK,
     active_isa,
     available_isas,
+    chain,
+    chain_ptr,
     conv2d,
     conv_ptr,
     linear,
@@ -26,12 +28,15 @@ from prunus.kernels.vectors import pack_vectors
 __all__ = [
     "ACTIVATIONS",
     "FALLBACK",
+    "KINDS",
     "BlobInfo",
     "Geometry",
     "Grouping",
     "active_isa",
     "addresses",
     "available_isas",
+    "chain",
+    "chain_ptr",
     "conv2d",
     "conv_block",
     "conv_ptr",
@@ -47,6 +52,7 @@ __all__ = [
     "refused_isas",
     "table",
     "test_isas",
+    "tile",
     "transpose",
     "unpack",
     "validate",

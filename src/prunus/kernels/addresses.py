@@ -37,6 +37,33 @@ def linear_ptr(
     y[...] = reference.linear(blob, x, bias, _activation(flags), residual)
 
 
+def chain_ptr(
+    blob_ptrs: Sequence[int],
+    bias_ptrs: Sequence[int],
+    flags: Sequence[int],
+    x_ptr: int,
+    y_ptr: int,
+    n: int,
+    threads: int = 1,
+    isa: int = -1,
+    residual_ptr: int = 0,
+) -> None:
+    """`chain` over addresses: x float32 [n, K], y and residual [n, M of the last blob]."""
+    held = [_blob_at(address, n, threads) for address in blob_ptrs]
+    heads = [kinds.info(blob) for blob in held]
+    if len(held) < 2 or not len(held) == len(bias_ptrs) == len(flags):
+        raise ValueRangeError("a chain takes two or more blobs, and as many biases and flags")
+    biases = [
+        _floats(address, (head.rows,)) if address else None
+        for address, head in zip(bias_ptrs, heads, strict=True)
+    ]
+    shape = (n, heads[-1].rows)
+    residual = _floats(residual_ptr, shape) if residual_ptr else None
+    names = [_activation(flag) for flag in flags]
+    x, y = _floats(x_ptr, (n, heads[0].cols)), _floats(y_ptr, shape)
+    y[...] = reference.chain(held, x, biases, names, residual)
+
+
 def planes_ptr(
     blob_ptr: int,
     x_ptr: int,

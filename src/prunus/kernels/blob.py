@@ -3,8 +3,9 @@
 Layout (little-endian): a 64-byte header, then three sections, each aligned to 64 bytes:
 row offsets uint32 [blocks·rows + 1], columns uint16 [nnz], values float32 [nnz]. The columns of
 the weight are cut into blocks of `block` columns; non-zeros are ordered by (block, row, column),
-and a stored column counts from the start of its block. Bitmap blobs have a layout of their own: see
-`bitmap`.
+and a stored column counts from the start of its block. A tiled blob orders them for products with
+many columns, and its first section differs: see `tiles`. Bitmap blobs have a layout of their own:
+see `bitmap`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from prunus.formats import FORMATS, Packed
 from prunus.formats.csr import MAX_NONZEROS, check_compressed
 from prunus.formats.packed import matrix_shape
 from prunus.formats.table import check
-from prunus.kernels import bitmap, header
+from prunus.kernels import bitmap, header, tiles
 from prunus.kernels.header import MAX_SIDE, BlobInfo
 from prunus.kernels.header import align as _align
 
 MAGIC = header.MAGIC
 VERSION = header.VERSION
+KINDS = tuple(header.NUMBERS)
+"""What `pack` makes."""
 CSR_F32 = header.NUMBERS["csr_f32"]
+ROWS, TILES = "csr_f32", "tiled_f32"
 MAX_BLOCK = 1 << 16
 # Measured on Zen 5 with 1024 to 2048 columns: blocks of 256 to 512 columns gain a tenth at 90%
 # sparsity and 64 or more columns of X, lose at 95%, and cost a matrix-vector product a sixth.
@@ -33,7 +37,7 @@ DEFAULT_BLOCK = MAX_BLOCK
 
 @dataclass(frozen=True)
 class Sections:
-    """Views of a blob: row offsets [blocks·rows + 1], columns [nnz], values [nnz]."""
+    """Views of a blob: row offsets [blocks·rows + 1] (or as `tiles`), columns, values [nnz]."""
 
     info: BlobInfo
     offsets: np.ndarray
@@ -43,6 +47,9 @@ class Sections:
     def rows_and_columns(self) -> tuple[np.ndarray, np.ndarray]:
         """Row and column (int64) of every stored value, in storage order."""
         info = self.info
+        if info.tiled:
+            shape = (info.rows, info.cols)
+            return tiles.coordinates(shape, self.offsets, self.columns, info.block)
         segments = np.repeat(np.arange(info.blocks * info.rows), np.diff(self.offsets.astype("i8")))
         rows = segments % max(info.rows, 1)
         return rows, self.columns + (segments // max(info.rows, 1)) * info.block
@@ -54,9 +61,10 @@ def pack(
     """Pack a weight [rows, ...] (its 2-d view [rows, -1]) into a blob, 64-byte aligned uint8.
 
     weight: float32, or float16 and bfloat16 (Packed), which widen exactly. block: columns per
-    block of csr_f32, 1 to 65536; None is the fastest on average. kind: csr_f32, bitmap_f32,
-    bitmap_bf16 or bitmap_i8 (one scale per row); the last two round. Raises ShapeError,
-    ValueRangeError and FormatError.
+    block of csr_f32 and tiled_f32, 1 to 65536; None is the fastest on average. kind: csr_f32,
+    tiled_f32 for products with 16 or more columns (see `tile`), bitmap_f32, bitmap_bf16 or
+    bitmap_i8 (one scale per row); the last two round. Raises ShapeError, ValueRangeError and
+    FormatError.
     """
     if isinstance(weight, Packed):
         shape, rows, columns, values = _from_packed(weight)
@@ -67,11 +75,13 @@ def pack(
         matrix = _widen(weight, weight.dtype.name).reshape(shape)
         rows, columns = np.nonzero(matrix)
         values = matrix[rows, columns]
-    if kind == "csr_f32":
-        return assemble(shape, rows, columns, values, block)
+    if kind in (ROWS, TILES):
+        return assemble(shape, rows, columns, values, block, kind)
     if kind not in bitmap.STORAGE or block is not None:
-        known = ", ".join(header.NUMBERS)
-        raise ValueRangeError(f"kind {kind!r} with block={block}; kinds: {known}, blocks: csr_f32")
+        known = ", ".join(KINDS)
+        raise ValueRangeError(
+            f"kind {kind!r} with block={block}; kinds: {known}, blocks: csr_f32, tiled_f32"
+        )
     matrix = np.zeros(shape, np.float32)
     matrix[rows, columns] = values
     return bitmap.pack(matrix, kind)
@@ -106,15 +116,25 @@ def assemble(
     columns: np.ndarray,
     values: np.ndarray,
     block: int | None = None,
+    kind: str = ROWS,
 ) -> np.ndarray:
-    """A blob from coordinates sorted by (row, column), without duplicates."""
+    """A blob of kind csr_f32 or tiled_f32 from coordinates sorted by (row, column), each once."""
     if max(shape) > MAX_SIDE or len(values) > MAX_NONZEROS:
         raise ShapeError(f"shape {list(shape)} with {len(values)} non-zeros exceeds 32-bit offsets")
-    block = DEFAULT_BLOCK if block is None else block
-    if not 1 <= block <= MAX_BLOCK:
-        raise ValueRangeError(f"block {block} is not within 1 to {MAX_BLOCK}")
+    tiled = kind == TILES
+    if block is None:
+        block = tiles.usual_block(shape, len(values)) if tiled else DEFAULT_BLOCK
+    most = tiles.MAX_BLOCK if tiled else MAX_BLOCK
+    if not 1 <= block <= most:
+        raise ValueRangeError(f"block {block} is not within 1 to {most}")
     blocks = max(1, -(-shape[1] // block))
     segments, columns = rows.astype(np.int64), columns.astype(np.int64)
+    if tiled:
+        blob = new_blob(shape, len(values), block, tiled=True)
+        views = _csr_sections(blob, info(blob))
+        views.offsets[:], order = tiles.arrange(shape, segments, columns, block)
+        views.columns[:], views.values[:] = columns[order] % block, values[order]
+        return blob
     if blocks > 1:
         segments = (columns // block) * shape[0] + segments
         order = np.argsort(segments, kind="stable")
@@ -128,33 +148,53 @@ def assemble(
     return blob
 
 
-def _places(rows: int, blocks: int, nnz: int) -> tuple[int, int, int, int]:
+def tile(blob: np.ndarray, block: int | None = None) -> np.ndarray:
+    """The same weight in tiles, for products with 16 or more columns; None is the usual block.
+
+    The kernels take it wherever they take the blob, but for convolutions and gradients.
+    """
+    head = info(blob)
+    if head.kind not in (ROWS, TILES):
+        raise FormatError(f"a blob of kind {head.kind} does not go into tiles; pack it by rows")
+    views = _csr_sections(blob, head)
+    rows, columns = views.rows_and_columns()
+    order = np.lexsort((columns, rows))
+    shape = (views.info.rows, views.info.cols)
+    return assemble(shape, rows[order], columns[order], views.values[order], block, TILES)
+
+
+def _indices(rows: int, blocks: int, tiled: bool) -> int:
+    """Length of the first section."""
+    return blocks * rows + (tiles.tile_count(rows) if tiled else 0) + 1
+
+
+def _places(rows: int, blocks: int, nnz: int, tiled: bool) -> tuple[int, int, int, int]:
     """Byte offsets of the three sections, and the end."""
     offsets = header.HEADER.size
-    columns = _align(offsets + 4 * (blocks * rows + 1))
+    columns = _align(offsets + 4 * _indices(rows, blocks, tiled))
     values = _align(columns + 2 * nnz)
     return offsets, columns, values, _align(values + 4 * nnz)
 
 
 def blob_bytes(head: BlobInfo) -> int:
     """Length of a blob with this header, in bytes."""
-    if head.kind != "csr_f32":
+    if head.kind not in (ROWS, TILES):
         return bitmap.nbytes(head)
-    return _places(head.rows, head.blocks, head.nnz)[3]
+    return _places(head.rows, head.blocks, head.nnz, head.tiled)[3]
 
 
-def new_blob(shape: tuple[int, int], nnz: int, block: int) -> np.ndarray:
+def new_blob(shape: tuple[int, int], nnz: int, block: int, *, tiled: bool = False) -> np.ndarray:
     """A blob of zeros with a finished header; the sections are still to be filled."""
     blocks = max(1, -(-shape[1] // block))
-    *places, end = _places(shape[0], blocks, nnz)
-    held = BlobInfo("csr_f32", VERSION, *shape, nnz, block, blocks, end)
+    *places, end = _places(shape[0], blocks, nnz, tiled)
+    held = BlobInfo(TILES if tiled else ROWS, VERSION, *shape, nnz, block, blocks, end)
     return header.allocate(held, places)
 
 
 def info(blob: np.ndarray) -> BlobInfo:
     """The header of a blob, checked against the blob's length; FormatError if it is wrong."""
     held, places = header.read(blob)
-    if held.kind != "csr_f32":
+    if held.kind not in (ROWS, TILES):
         return bitmap.check_header(held, places)
     rows, cols, nnz = held.rows, held.cols, held.nnz
     block, blocks = held.block, held.blocks
@@ -162,7 +202,9 @@ def info(blob: np.ndarray) -> BlobInfo:
         raise FormatError(f"blob of {rows} by {cols}, {nnz} non-zeros, block {block}: out of range")
     if blocks != max(1, -(-cols // block)):
         raise FormatError(f"blob claims {blocks} blocks of {block} for {cols} columns")
-    *wanted, end = _places(rows, blocks, nnz)
+    if held.tiled and block > tiles.MAX_BLOCK:
+        raise FormatError(f"blocks of {block} columns do not fit into tiles")
+    *wanted, end = _places(rows, blocks, nnz, held.tiled)
     if places != wanted or end != len(blob):
         raise FormatError(f"blob sections do not match its {len(blob)} bytes; it is corrupt")
     return held
@@ -171,14 +213,15 @@ def info(blob: np.ndarray) -> BlobInfo:
 def sections(blob: np.ndarray) -> Sections | bitmap.BitmapSections:
     """Views of a blob's sections; the header is checked, the contents are not (see validate)."""
     head = info(blob)
-    return _csr_sections(blob, head) if head.kind == "csr_f32" else bitmap.sections(blob)
+    return _csr_sections(blob, head) if head.kind in (ROWS, TILES) else bitmap.sections(blob)
 
 
 def _csr_sections(blob: np.ndarray, head: BlobInfo) -> Sections:
-    at_offsets, at_columns, at_values, _ = _places(head.rows, head.blocks, head.nnz)
+    at_offsets, at_columns, at_values, _ = _places(head.rows, head.blocks, head.nnz, head.tiled)
+    indices = _indices(head.rows, head.blocks, head.tiled)
     return Sections(
         head,
-        blob[at_offsets : at_offsets + 4 * (head.blocks * head.rows + 1)].view("<u4"),
+        blob[at_offsets : at_offsets + 4 * indices].view("<u4"),
         blob[at_columns : at_columns + 2 * head.nnz].view("<u2"),
         blob[at_values : at_values + 4 * head.nnz].view("<f4"),
     )
@@ -187,9 +230,12 @@ def _csr_sections(blob: np.ndarray, head: BlobInfo) -> Sections:
 def validate(blob: np.ndarray) -> BlobInfo:
     """FormatError unless every offset and column is in bounds; call once before the kernels run."""
     head = info(blob)
-    if head.kind != "csr_f32":
+    if head.kind not in (ROWS, TILES):
         return bitmap.validate(blob)
     views = _csr_sections(blob, head)
+    if head.tiled:
+        tiles.check((head.rows, head.cols), views.offsets, views.columns, head.block)
+        return head
     check_compressed(views.offsets, views.columns, head.block)
     last = views.columns[int(views.offsets[(head.blocks - 1) * head.rows]) :]
     width = head.cols - (head.blocks - 1) * head.block
@@ -202,7 +248,7 @@ def unpack(blob: np.ndarray) -> np.ndarray:
     """Dense float32 [rows, cols] of a blob; FormatError if the blob is corrupt."""
     head = validate(blob)
     try:
-        if head.kind != "csr_f32":
+        if head.kind not in (ROWS, TILES):
             return bitmap.dense(blob)
         out = np.zeros((head.rows, head.cols), np.float32)
     except (MemoryError, ValueError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ _native: Any = loader.load()
 # Trusted, pointer-level calls: the blob must have passed `validate`; see `addresses`.
 linear_ptr = _native.linear_ptr if _native else addresses.linear_ptr
 planes_ptr = _native.planes_ptr if _native else addresses.planes_ptr
+chain_ptr = _native.chain_ptr if _native else addresses.chain_ptr
 conv_ptr = _native.conv_ptr if _native else addresses.conv_ptr
 
 
@@ -48,6 +51,50 @@ def linear(
     y = np.empty((x.shape[0], head.rows), np.float32)
     _native.linear_ptr(
         _address(blob), _address(x), _address(y), len(x), _address(bias), flags, threads, chosen,
+        _address(residual),
+    )  # fmt: skip
+    return y
+
+
+def chain(
+    layers: Sequence[np.ndarray],
+    x: np.ndarray,
+    biases: Sequence[np.ndarray | None] | None = None,
+    activations: Sequence[str] | None = None,
+    threads: int = 1,
+    isa: str | None = None,
+    residual: np.ndarray | None = None,
+) -> np.ndarray:
+    """`linear` through blobs in tiles, one after another, without leaving the panels between them.
+
+    x float32 [N, K of the first]; the result [N, M of the last]. The residual is added to the last
+    layer's output before its activation. Raises as `linear`, ShapeError where layers do not fit.
+    """
+    heads = [blobs.info(blob) for blob in layers]
+    biases = [None] * len(heads) if biases is None else biases
+    activations = [""] * len(heads) if activations is None else activations
+    if len(heads) < 2 or not len(heads) == len(biases) == len(activations):
+        raise ValueRangeError("a chain takes two or more blobs, and as many biases and activations")
+    for one, other in itertools.pairwise(heads):
+        if one.rows != other.cols:
+            raise ShapeError(f"a layer of {one.rows} outputs does not fit {other.cols} inputs")
+    if not all(head.tiled for head in heads):
+        raise ValueRangeError("a chain takes weights in tiles; see kernels.tile")
+    checked = [
+        _options(x, bias, head, threads, name)
+        for head, bias, name in zip(heads, biases, activations, strict=True)
+    ]
+    x, _, _ = _checked(x, None, heads[0], 1, threads, "")
+    x = np.require(x, np.float32, ["C", "A"])
+    residual = _residual(residual, (len(x), heads[-1].rows))
+    chosen = _isa_index(isa)
+    kept = [bias for bias, _ in checked]
+    if _native is None or chosen is None:
+        return reference.chain(layers, x, kept, activations, residual)
+    y = np.empty((len(x), heads[-1].rows), np.float32)
+    _native.chain_ptr(
+        [_address(blob) for blob in layers], [_address(bias) for bias in kept],
+        [flags for _, flags in checked], _address(x), _address(y), len(x), threads, chosen,
         _address(residual),
     )  # fmt: skip
     return y
@@ -102,6 +149,8 @@ def conv2d(
     `linear`.
     """
     head = kinds.info(blob)
+    if head.tiled:
+        raise ValueRangeError("a convolution takes a weight by rows; pack it without tiles")
     if x.shape != (geometry.batch, geometry.channels, *geometry.size):
         raise ShapeError(f"x has shape {list(x.shape)}, the geometry is {geometry}")
     if head.cols != geometry.columns or head.rows % geometry.groups:

@@ -12,7 +12,7 @@ from prunus.errors import FormatError
 MAGIC = b"PRBK"
 VERSION = 1
 HEADER = struct.Struct("<4sHHQQQIIQQQ")
-KINDS = {1: "csr_f32", 16: "bitmap_f32", 17: "bitmap_bf16", 18: "bitmap_i8"}
+KINDS = {1: "csr_f32", 8: "tiled_f32", 16: "bitmap_f32", 17: "bitmap_bf16", 18: "bitmap_i8"}
 NUMBERS = {name: number for number, name in KINDS.items()}
 MAX_SIDE = (1 << 31) - 1
 
@@ -34,6 +34,11 @@ class BlobInfo:
     nbytes: int
     height: int = 1
     permuted: bool = False
+
+    @property
+    def tiled(self) -> bool:
+        """Whether rows are in tiles; see `blob.tile`."""
+        return self.kind == "tiled_f32"
 
 
 def align(position: int) -> int:

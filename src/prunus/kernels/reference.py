@@ -7,7 +7,7 @@ effect. Sums run in float64 and are rounded once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -69,6 +69,21 @@ def matmul_planes(
     with np.errstate(over="ignore", invalid="ignore"):
         _add_product(total, rows, columns, values, x)
     return _finished(total, bias, activation, residual)
+
+
+def chain(
+    layers: Sequence[np.ndarray],
+    x: np.ndarray,
+    biases: Sequence[np.ndarray | None],
+    activations: Sequence[str],
+    residual: np.ndarray | None = None,
+) -> np.ndarray:
+    """`linear` through one blob after another; the residual joins the last."""
+    last = len(layers) - 1
+    for i, blob in enumerate(layers):
+        added = residual if i == last else None
+        x = linear(blob, x, biases[i], activations[i], added)
+    return x
 
 
 def conv2d(

@@ -195,7 +195,9 @@ def length(head: bytes) -> int:
     """Bytes of the blob that begins with this header."""
     fields = _HEADER.unpack(head)
     kind, rows, height, permuted, count = fields[2], fields[3], fields[6], fields[7], fields[8]
-    return _places(rows, max(1, height), count, 4 if kind == KINDS["float32"] else 2, bool(permuted))[3]
+    return _places(
+        rows, max(1, height), count, 4 if kind == KINDS["float32"] else 2, bool(permuted)
+    )[3]
 
 
 def info(blob: np.ndarray) -> BlobInfo:
@@ -206,7 +208,9 @@ def info(blob: np.ndarray) -> BlobInfo:
         raise FormatError(f"blob version {version}, kind {kind} is unknown; pack the weight again")
     if rows > MAX_SIDE or cols > MAX_COLUMNS or height not in HEIGHTS or permuted > 1:
         raise FormatError(f"blob of {rows} by {cols} in groups of {height}: out of range")
-    *wanted, end = _places(rows, height, count, 4 if kind == KINDS["float32"] else 2, bool(permuted))
+    *wanted, end = _places(
+        rows, height, count, 4 if kind == KINDS["float32"] else 2, bool(permuted)
+    )
     if places != wanted or end != len(blob) or nnz > count * height:
         raise FormatError(f"blob sections do not match its {len(blob)} bytes; it is corrupt")
     return BlobInfo(

@@ -22,6 +22,7 @@ from prunus.runtime.plan import (
     DENSE_BF16,
     GROUPS,
     SPARSE,
+    TILED,
     Layer,
 )
 
@@ -52,29 +53,30 @@ class Candidate:
 # One row per way. The first sparse one that is no slower than the others is taken.
 TABLE = (
     Candidate(SPARSE, BOTH, lambda module: pack_layer(module)),
-    Candidate(BITMAP, LINEAR, lambda module: bitmap_layer(module, "bitmap_f32")),
+    Candidate(TILED, LINEAR, lambda module: packed_layer(module, "tiled_f32")),
+    Candidate(BITMAP, LINEAR, lambda module: packed_layer(module, "bitmap_f32")),
     Candidate(
         BITMAP_BF16,
         LINEAR,
-        lambda module: bitmap_layer(module, "bitmap_bf16"),
+        lambda module: packed_layer(module, "bitmap_bf16"),
         dtype=torch.bfloat16,
     ),
     Candidate(
         BITMAP_INT8,
         LINEAR,
-        lambda module: bitmap_layer(module, "bitmap_i8"),
+        lambda module: packed_layer(module, "bitmap_i8"),
         fits=lambda module: is_finite(module.weight),
         dtype=torch.int8,
     ),
     Candidate(
         GROUPS,
-        frozenset({"linear"}),
+        LINEAR,
         lambda module: grouped_layer(module),
         fits=lambda module: grouping_of(module) is not None,
     ),
     Candidate(
         f"{GROUPS} bf16",
-        frozenset({"linear"}),
+        LINEAR,
         lambda module: grouped_layer(module, torch.bfloat16),
         fits=lambda module: grouping_of(module) is not None,
         dtype=torch.bfloat16,
@@ -248,8 +250,8 @@ def pack_layer(module: nn.Module) -> SparseLinear | SparseConv2d:
     raise ShapeError(f"{type(module).__name__} has no sparse twin")
 
 
-def bitmap_layer(module: nn.Module, kind: str) -> SparseLinear:
-    """The packed twin of a linear layer with one bit per position."""
+def packed_layer(module: nn.Module, kind: str) -> SparseLinear:
+    """The packed twin of a linear layer; kind as in kernels.pack."""
     assert isinstance(module, nn.Linear)
     return SparseLinear.from_dense(module, kind)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from prunus.runtime import blocks, candidates, fuse, siblings
+from prunus.runtime import blocks, candidates, chain, fuse, siblings
 from prunus.runtime.arguments import checked, taking_examples
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
@@ -49,7 +49,7 @@ def compile(
     the residual addition and then the activation (ReLU, ReLU6, GELU, SiLU) behind it; a module
     whose forward pass changes by that keeps its class but runs a traced one, for arguments as in
     the example. Packed linear layers of one module that read the same tensor become one, where that
-    is faster; their outputs are views of its output.
+    is faster; their outputs are views of its output. Those that follow each other become a chain.
     threads: what to measure with (None: torch.get_num_threads()).
     dtype: torch.bfloat16 also allows weights and dense layers in bfloat16, where they win;
     torch.int8 allows weights in int8, too, with one scale per row.
@@ -72,9 +72,9 @@ def compile(
         plan, twins = decide(base, calls, options)
         swaps = _fused(base, example, twins, chains)
         swaps, fused = _rewritten(base, example, swaps)
-        merged = siblings.merge(base, example, swaps, fused.forwards, calls, options)
-        apart = siblings.Merged(swaps, fused.forwards)
-        made = functools.partial(_made, base, apart, merged)
+        linked, chained = chain.link(base, example, swaps, fused.forwards, calls, options)
+        merged = siblings.merge(base, example, linked, fused.forwards, calls, options)
+        made = functools.partial(_made, base, siblings.Merged(linked, fused.forwards), merged)
         if verify and swaps:
             forms = (assemble(model, {}, share=True), made(Form(True, merged=True)))
             tolerance = TOLERANCES[dtype]
@@ -82,7 +82,7 @@ def compile(
         plan, form = _form(made, example, plan, options, bool(swaps), bool(merged.groups))
     rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
     names = tuple(group.names for group in merged.groups) if form.merged else ()
-    plan = dataclasses.replace(plan, rows=rows, merged=names)
+    plan = dataclasses.replace(plan, rows=rows, merged=names, chained=chained * form.swapped)
     final = form.of(made(form, share=False)).requires_grad_(False)
     taken = not isinstance(getattr(model, "plan", plan), Plan)
     setattr(final, "prunus_plan" if taken else "plan", plan)
@@ -138,11 +138,11 @@ def _fused(
 ) -> dict[str, nn.Module]:
     """Twins with activations, and nn.Identity in their places; plain twins if that fails."""
     swaps = dict(twins)
-    for chain in chains:
-        twin = twins.get(chain.layer)
-        if chain.activation and isinstance(twin, Fusing):
-            name = fuse.activation_name(model.get_submodule(chain.activation))
-            swaps |= {chain.layer: twin.with_activation(name), chain.activation: nn.Identity()}
+    for found in chains:
+        twin = twins.get(found.layer)
+        if found.activation and isinstance(twin, Fusing):
+            name = fuse.activation_name(model.get_submodule(found.activation))
+            swaps |= {found.layer: twin.with_activation(name), found.activation: nn.Identity()}
     if len(swaps) == len(twins):
         return swaps
     forms = (assemble(model, {}, share=True), assemble(model, swaps, share=True))
@@ -183,7 +183,7 @@ def _annotated(
     fused: blocks.Fused,
 ) -> tuple[Row, ...]:
     """The rows with what their layers do besides."""
-    norms = {chain.layer for chain in chains if chain.norm}
+    norms = {found.layer for found in chains if found.norm}
     done = []
     for row in rows:
         layer = swaps.get(row.name)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunus import kernels
-from prunus.errors import ShapeError
+from prunus.errors import FormatError, ShapeError
 from prunus.runtime.epilogue import addable
 from prunus.runtime.ops import blob_array, convolved, geometry_of, linear_rows
-from prunus.runtime.weight import PackedWeight, check_blob, pack_weight
+from prunus.runtime.weight import PackedWeight, aligned, check_blob, pack_weight
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -177,6 +177,12 @@ class SparseConv2d(PackedWeight):
             return (0, 0), (0, 0)
         spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return (spans[0] // 2, spans[0] - spans[0] // 2), (spans[1] // 2, spans[1] - spans[1] // 2)
+
+    def _expect(self, packed: Tensor, place: str) -> None:
+        """Validate a blob; a convolution takes rows only."""
+        super()._expect(packed, place)
+        if kernels.info(blob_array(aligned(packed))).tiled:
+            raise FormatError(f"{place} holds a weight in tiles; a convolution takes one by rows")
 
     def extra_repr(self) -> str:
         """Sizes and sparsity."""

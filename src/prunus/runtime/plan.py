@@ -8,6 +8,7 @@ from typing import Any
 
 SPARSE = "csr"
 GROUPS = "groups"
+TILED = "tiled"
 DENSE = "dense"
 DENSE_BF16 = "dense bf16"
 BITMAP = "bitmap"
@@ -64,7 +65,8 @@ class Plan:
     are several), None where nothing was measured; `reason` says what the whole-model step
     concluded; `layout` is "channels_last" if the convolutions run fastest with the channels
     innermost, else ""; `dtype` is "bfloat16" if all that is dense computes in it, else "float32";
-    `merged` names layers that read the same input and became one.
+    `merged` names layers that read the same input and became one, `chained` those that follow each
+    other and became one.
     """
 
     rows: tuple[Row, ...]
@@ -77,6 +79,7 @@ class Plan:
     layout: str = ""
     dtype: str = "float32"
     merged: tuple[tuple[str, ...], ...] = ()
+    chained: tuple[tuple[str, ...], ...] = ()
 
     @property
     def speedup(self) -> float | None:
@@ -113,6 +116,7 @@ class Plan:
             for row in plain["rows"]
         ]
         plain["merged"] = [list(names) for names in self.merged]
+        plain["chained"] = [list(names) for names in self.chained]
         plain["speedup"] = self.speedup
         return plain
 
@@ -139,6 +143,7 @@ class Plan:
         merged = [f"{sum(map(len, self.merged))} merged into {len(self.merged)}"]
         words = [self.layout] if self.layout else []
         words += [self.dtype] if self.dtype != "float32" else []
+        words += [f"{len(self.chained)} chains"] if self.chained else []
         return words + (merged if self.merged else [])
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from prunus import kernels
 from prunus.runtime import blocks, cache, candidates, part
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
@@ -203,7 +204,8 @@ def _watch(model: nn.Module, parent: str, names: list[str], runs: list[list[tupl
 
 
 def _mergeable(module: nn.Module) -> bool:
-    return type(module) is SparseLinear and not module.activation
+    plain = type(module) is SparseLinear and not module.activation
+    return plain and _kind(module) in kernels.KINDS
 
 
 def _kind(layer: nn.Module) -> str:

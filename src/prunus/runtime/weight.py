@@ -84,7 +84,7 @@ class PackedWeight(Fusing, abc.ABC):
 
     @property
     def kind(self) -> str:
-        """How the weight is packed: csr_f32, bitmap_f32, bitmap_bf16 or bitmap_i8."""
+        """How the weight is packed: csr_f32, tiled_f32 or one of the bitmaps."""
         return kernels.info(blob_array(self.packed)).kind
 
     @property

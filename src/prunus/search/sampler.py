@@ -102,7 +102,7 @@ def _sampled(
 def _optuna() -> Any:
     """Import Optuna when it is wanted."""
     try:
-        import optuna
+        import optuna  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingPackageError(
             "search runs on Optuna, which is not installed; run: pip install 'prunus[search]', or "

@@ -1,0 +1,310 @@
+"""Sparse linear layers that directly follow each other, run one panel of tokens at a time.
+
+`prunus::sparse_chain`: y[..., M] of several layers x W^T + bias, each with its activation; the last
+one also adds a residual before its own. Between the layers a panel of tokens keeps the kernels'
+layout and stays in the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from prunus import kernels
+from prunus.errors import ShapeError, ValueRangeError
+from prunus.runtime import cache, candidates
+from prunus.runtime.assemble import assemble
+from prunus.runtime.candidates import Calls
+from prunus.runtime.decide import LAYER_BUDGET, Options, bound, bucket_of, environment, rows_of
+from prunus.runtime.epilogue import addable
+from prunus.runtime.forward import Forward
+from prunus.runtime.fuse import UNTRACEABLE
+from prunus.runtime.measure import interleaved
+from prunus.runtime.modules import SparseLinear
+from prunus.runtime.ops import blob_array
+from prunus.runtime.verify import difference
+
+MARGIN = 1.02
+"""Chained layers must be this many times faster than apart."""
+CHAINED, APART = "chained", "apart"
+
+
+def chain_rows(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    outputs: int,
+    flags: Sequence[int],
+    residual: Tensor | None,
+) -> Tensor:
+    """Call the kernels on contiguous fp32 x [..., K]; a new [..., outputs]. Checks nothing."""
+    y = x.new_empty((*x.shape[:-1], outputs))
+    if y.numel():
+        kernels.chain_ptr(
+            [blob.data_ptr() for blob in packed],
+            [0 if bias is None else bias.data_ptr() for bias in biases],
+            list(flags),
+            x.data_ptr(),
+            y.data_ptr(),
+            y.numel() // outputs,
+            torch.get_num_threads(),
+            -1,
+            0 if residual is None else residual.data_ptr(),
+        )
+    return y
+
+
+@torch.library.custom_op(
+    "prunus::sparse_chain",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] packed, Tensor?[] biases, int out_features, str[] activations, "
+    "Tensor? residual=None) -> Tensor",
+)
+def sparse_chain(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_features: int,
+    activations: Sequence[str],
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The layers one after another; fp32 on the CPU, without gradients."""
+    heads = [kernels.info(blob_array(blob)) for blob in packed]
+    if len(heads) < 2 or not len(heads) == len(biases) == len(activations):
+        raise ValueRangeError("a chain takes two or more layers, each with a bias or none")
+    if x.dtype != torch.float32 or not x.is_cpu:
+        raise ValueRangeError(f"x is {x.dtype} on {x.device}; the operator takes CPU torch.float32")
+    widths = [x.shape[-1], *(head.rows for head in heads)]
+    if widths[:-1] != [head.cols for head in heads] or widths[-1] != out_features:
+        raise ShapeError(f"layers of {[(h.rows, h.cols) for h in heads]} do not make a chain")
+    for bias, head in zip(biases, heads, strict=True):
+        if bias is not None and (bias.dtype, *bias.shape) != (torch.float32, head.rows):
+            raise ShapeError(f"a bias is {bias.dtype} {list(bias.shape)}, expected [{head.rows}]")
+    if residual is not None and not addable(x, residual, (*x.shape[:-1], out_features)):
+        raise ShapeError(f"residual has shape {list(residual.shape)}, unlike the output")
+    kept = [None if bias is None else bias.contiguous() for bias in biases]
+    flags = [kernels.ACTIVATIONS[name] for name in activations]
+    added = None if residual is None else residual.contiguous()
+    return chain_rows(x.contiguous(), packed, kept, out_features, flags, added)
+
+
+@sparse_chain.register_fake
+def _(x, packed, biases, out_features, activations, residual=None):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+class SparseChain(nn.Module):
+    """Sparse linear layers in tiles, applied one after another to fp32 input [..., K].
+
+    Inputs in half precision and inputs that want gradients pass the layers one by one, as they do
+    where a layer has hooks.
+    """
+
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+        """Take two or more layers that fit each other; ShapeError where they do not."""
+        super().__init__()
+        for one, other in itertools.pairwise(layers):
+            if one.out_features != other.in_features:
+                raise ShapeError(
+                    f"a layer of {one.out_features} outputs does not fit {other.in_features} inputs"
+                )
+        if len(layers) < 2:
+            raise ValueRangeError("a chain takes two or more layers")
+        self.layers = nn.ModuleList(in_tiles(layer) for layer in layers)
+        self.in_features, self.out_features = layers[0].in_features, layers[-1].out_features
+        self.eval()
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map input [..., in_features]; the residual joins the last layer before its activation."""
+        x = input
+        layers = [cast(SparseLinear, layer) for layer in self.layers]
+        held = [bias for layer in layers if (bias := layer.bias) is not None]
+        watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        if watched or not self._chainable(x, held, residual):
+            for layer in layers[:-1]:
+                x = layer(x)
+            return layers[-1](x, residual)
+        packed, biases = [layer.packed for layer in layers], [layer.bias for layer in layers]
+        if layers[0]._direct(x, None, residual):
+            flags = [kernels.ACTIVATIONS[layer.activation] for layer in layers]
+            added = None if residual is None else residual.contiguous()
+            return chain_rows(x.contiguous(), packed, biases, self.out_features, flags, added)
+        names = [layer.activation for layer in layers]
+        return torch.ops.prunus.sparse_chain(x, packed, biases, self.out_features, names, residual)
+
+    def _chainable(self, x: Tensor, biases: Sequence[Tensor], residual: Tensor | None) -> bool:
+        """Whether the operator takes these; what it refuses, the layers themselves judge."""
+        wanted = (x, *biases) if residual is None else (x, *biases, residual)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted):
+            return False
+        if any(tensor.dtype != torch.float32 or not tensor.is_cpu for tensor in wanted):
+            return False
+        if (
+            x.shape[-1:] != (self.in_features,)
+            or not cast(SparseLinear, self.layers[0]).packed.is_cpu
+        ):
+            return False
+        return residual is None or addable(x, residual, (*x.shape[:-1], self.out_features))
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def in_tiles(layer: SparseLinear) -> SparseLinear:
+    """The layer with its weight in tiles; itself if it is."""
+    if layer.kind == "tiled_f32":
+        return layer
+    blob = torch.from_numpy(kernels.tile(blob_array(layer.packed)))
+    tiled = SparseLinear(blob, layer.bias)
+    return cast(SparseLinear, tiled.with_activation(layer.activation))
+
+
+def link(
+    base: nn.Module,
+    example: Any,
+    swaps: Mapping[str, nn.Module],
+    forwards: Mapping[str, Forward],
+    calls: Calls,
+    options: Options,
+) -> tuple[dict[str, nn.Module], tuple[tuple[str, ...], ...]]:
+    """(swaps, names of each chain): chains in the places of their last layers where they win.
+
+    A chain's other layers become nn.Identity, so what comes between is as before. Found by watching
+    a forward pass; what another part of the model reads of a layer inside a chain would change the
+    output, so the whole is checked on the example. An older plan's chains are taken without the
+    clock.
+    """
+    old = options.replayed
+    if not swaps or (options.choose is not None and old is None):
+        return dict(swaps), ()
+    model = assemble(base, swaps, forwards, share=True)
+    found, kept = dict(swaps), []
+    for names in neighbours(model, example):
+        layers = [swaps.get(name) for name in names]
+        packed = [layer for layer in layers if isinstance(layer, SparseLinear)]
+        if len(packed) < len(names) or (old is not None and names not in old.chained):
+            continue
+        if old is None and not _faster(packed, calls[names[0]], options.threads):
+            continue
+        trial = found | dict.fromkeys(names[:-1], nn.Identity()) | {names[-1]: SparseChain(packed)}
+        if _same(model, assemble(base, trial, forwards, share=True), example):
+            found, kept = trial, [*kept, names]
+    return found, tuple(kept)
+
+
+_TILEABLE = ("csr_f32", "tiled_f32")
+
+
+def neighbours(model: nn.Module, example: Any) -> list[tuple[str, ...]]:
+    """Names of sparse linear layers of which each reads exactly what the one before returns."""
+    watched = {
+        name: module
+        for name, module in model.named_modules()
+        if name and type(module) is SparseLinear and module.kind in _TILEABLE
+    }
+    made: dict[int, tuple[str, Tensor]] = {}
+    counts, pairs, adding = Counter[str](), Counter[tuple[str, str]](), set[str]()
+
+    def reader(name: str):
+        def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = args[0] if args else named["input"]
+            counts[name] += 1
+            if len(args) + len(named) > 1:
+                adding.add(name)
+            if id(x) in made:
+                pairs[made[id(x)][0], name] += 1
+
+        return hook
+
+    def writer(name: str):
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            made[id(output)] = (name, output)  # held, so that no other gets its id
+
+        return hook
+
+    handles = []
+    for name, module in watched.items():
+        handles.append(module.register_forward_pre_hook(reader(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(writer(name)))
+    try:
+        candidates.run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    follows = {
+        one: other
+        for (one, other), count in pairs.items()
+        if count == counts[one] == counts[other] and one not in adding
+    }
+    return list(_runs(follows))
+
+
+def _runs(follows: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+    """The longest sequences."""
+    for first in follows:
+        if first in follows.values():
+            continue
+        names = [first]
+        while names[-1] in follows:
+            names.append(follows[names[-1]])
+        yield tuple(names)
+
+
+class _Apart(nn.Module):
+    """The layers one after another, as the model calls them."""
+
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last layer's output."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _faster(
+    layers: Sequence[SparseLinear], calls: Mapping[candidates.Call, int], threads: int
+) -> bool:
+    """Whether the chain wins on the inputs of its first layer, by the disk or the clock."""
+    forms: dict[str, nn.Module] = {}
+    totals = dict.fromkeys((CHAINED, APART), 0.0)
+    for call, count in calls.items():
+        key = {
+            **environment(threads),
+            "kind": "chain",
+            "input": [bucket_of(rows_of("linear", call.shape)), call.layout()],
+            "layers": [
+                {
+                    "shape": list(layer.weight_shape),
+                    "kept": round(1 - layer.sparsity, 3),
+                    "kind": [layer.kind, layer.activation],
+                }
+                for layer in layers
+            ],
+        }
+        seconds = cache.get(key, frozenset(totals))
+        if seconds is None:
+            forms = forms or {CHAINED: SparseChain(layers), APART: _Apart(layers)}
+            x = call.sample()
+            runs = {name: bound(form, x) for name, form in forms.items()}
+            seconds = interleaved(runs, budget=LAYER_BUDGET)
+            cache.put(key, seconds)
+        for name in totals:
+            totals[name] += count * seconds[name]
+    return totals[APART] >= MARGIN * totals[CHAINED]
+
+
+def _same(apart: nn.Module, chained: nn.Module, example: Any) -> bool:
+    """Whether both compute the same; a model may refuse what comes out of a chain."""
+    try:
+        return difference(apart, chained, example) is None
+    except UNTRACEABLE:
+        return False
