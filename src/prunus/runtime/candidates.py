@@ -16,6 +16,9 @@ from prunus.runtime.plan import Layer
 
 KINDS = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
 
+DIRECT_CHANNELS = 4
+"""Channels per group up to which a dense convolution is tried through the packed kernels."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -53,6 +56,12 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, tuple(KINDS))
     }
+
+
+def is_direct(module: nn.Module) -> bool:
+    """Whether the packed kernels may beat torch on a dense layer: convolutions of few channels."""
+    few = isinstance(module, nn.Conv2d) and module.in_channels // module.groups <= DIRECT_CHANNELS
+    return few and type(module) in KINDS
 
 
 def kind_of(module: nn.Module) -> str:

@@ -15,7 +15,7 @@ from prunus.errors import ShapeError, ValueRangeError
 from prunus.runtime import blocks, candidates, fuse
 from prunus.runtime.candidates import Call, Calls
 from prunus.runtime.measure import interleaved, machine, thread_count
-from prunus.runtime.plan import DENSE, SPARSE, Layer, Plan, Row
+from prunus.runtime.plan import DENSE, DIRECT, SPARSE, Layer, Plan, Row
 from prunus.runtime.verify import difference, expect_same, same_randomness
 from prunus.runtime.weight import PackedWeight
 from prunus.sites import unwrap
@@ -49,13 +49,14 @@ def compile(
     example_inputs: a tensor, a tuple of positional or a mapping of named inputs, of the shapes that
     will be used. Each nn.Linear and nn.Conv2d at `minimum_sparsity` or more is timed against its
     packed twin on its real input shapes, then the whole model against the dense one; what does not
-    win stays dense. A model with convolutions takes the faster memory format, too. Before that a
+    win stays dense. Below that, convolutions of at most four channels per group (depthwise ones
+    and first layers) are timed as "direct" against torch's. A model with convolutions takes the faster memory format, too. Before that a
     batch norm that directly follows a layer is folded into it and becomes nn.Identity. A packed
     layer also computes the residual addition and then the activation (ReLU, ReLU6, GELU, SiLU)
     behind it; a module whose forward pass changes by that keeps its class but runs a traced one,
     for arguments as in the example.
     threads: what to measure with (None: torch.get_num_threads()).
-    choose(layer) -> "csr" or "dense" decides instead of the clock; `Plan.choose` is one.
+    choose(layer) -> "csr", "direct" or "dense" decides instead of the clock; `Plan.choose` is one.
     The copy is in eval mode and its parameters want no gradients; the original is untouched. The
     plan is its attribute `plan` (`prunus_plan` if the model has a `plan` of its own).
     Raises VerificationError where outputs differ, ShapeError for lazy parameters.
@@ -201,14 +202,15 @@ def _decide(
             row = _row(layer, DENSE, reason)
         elif choose is not None:
             row = _row(layer, _chosen(choose, layer), "chosen by the caller")
-        elif layer.sparsity < minimum:
+        elif layer.sparsity < minimum and not candidates.is_direct(module):
             row = _row(layer, DENSE, f"less than {minimum:.0%} sparse")
         elif kernels.active_isa() == kernels.FALLBACK:
             row = _row(layer, DENSE, "no native module: the NumPy kernels are for checking only")
         else:
-            row, twin = _measured(layer, module, calls[name])
-            twins.update({name: twin} if row.choice == SPARSE else {})
-        if row.choice == SPARSE and name not in twins:
+            choice = DIRECT if layer.sparsity < minimum else SPARSE
+            row, twin = _measured(layer, module, calls[name], choice)
+            twins.update({} if row.choice == DENSE else {name: twin})
+        if row.choice != DENSE and name not in twins:
             twins[name] = candidates.pack_layer(module)
         rows.append(row)
     reason = "as chosen" if choose else "not measured as a whole"
@@ -227,15 +229,21 @@ def _row(
 def _chosen(choose: Choose, layer: Layer) -> str:
     """The caller's choice, checked."""
     choice = choose(layer)
-    if choice not in (SPARSE, DENSE):
+    if choice not in (SPARSE, DIRECT, DENSE):
         raise ValueRangeError(
-            f"choose returned {choice!r} for layer {layer.name!r}, expected {SPARSE!r} or {DENSE!r}"
+            f"choose returned {choice!r} for layer {layer.name!r}, expected {SPARSE!r}, {DIRECT!r} "
+            f"or {DENSE!r}"
         )
     return choice
 
 
-def _measured(layer: Layer, module: nn.Module, calls: Mapping[Call, int]) -> tuple[Row, nn.Module]:
-    """Time a layer against its packed twin; a convolution in both memory formats."""
+def _measured(
+    layer: Layer, module: nn.Module, calls: Mapping[Call, int], wanted: str
+) -> tuple[Row, nn.Module]:
+    """Time a layer against its packed twin; a convolution in both memory formats.
+
+    A direct one stands between packed layers, so torch has to take and give contiguous images.
+    """
     twin = candidates.pack_layer(module)
     dense = _assemble(module, {}, share=True)
     runners: dict[str, nn.Module] = {"sparse": twin, "dense": dense}
@@ -248,6 +256,8 @@ def _measured(layer: Layer, module: nn.Module, calls: Mapping[Call, int]) -> tup
         x = call.sample()
         inputs = {"sparse": x, "dense": x, "channels_last": _channels_last(x)}
         runs = {name: _bound(runner, inputs[name]) for name, runner in runners.items()}
+        if wanted == DIRECT:
+            runs["channels_last"] = _bound(_Contiguous(runners["channels_last"]), x.contiguous())
         for name, seconds in interleaved(runs, budget=LAYER_BUDGET).items():
             totals[name] += count * seconds
     best = min((name for name in totals if name != "sparse"), key=totals.__getitem__)
@@ -256,8 +266,16 @@ def _measured(layer: Layer, module: nn.Module, calls: Mapping[Call, int]) -> tup
     against = "dense" if best == "dense" else f"dense ({best})"
     wins = ratio >= MARGIN
     reason = f"{ratio:.2f}x {against}" + ("" if wins else f", below {MARGIN}x")
-    choice = SPARSE if wins else DENSE
+    choice = wanted if wins else DENSE
     return _row(layer, choice, reason, sparse_seconds, dense_seconds), twin
+
+
+class _Contiguous(nn.Sequential):
+    """A layer whose images come out contiguous."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Run it, then convert."""
+        return super().forward(input).contiguous()
 
 
 def _channels_last(x: Any) -> Any:
@@ -317,7 +335,7 @@ def _judged(
         reason = f"slower than {dense} as a whole, so every layer stays dense"
     rows = tuple(
         dataclasses.replace(row, choice=DENSE, reason=f"{row.reason}, but the whole model lost")
-        if row.choice == SPARSE
+        if row.choice != DENSE
         else row
         for row in plan.rows
     )

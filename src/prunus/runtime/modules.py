@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from prunus import kernels
 from prunus.errors import ShapeError
-from prunus.runtime.ops import blob_array, convolved, geometry_of, linear_rows
-from prunus.runtime.weight import PackedWeight, addable, check_blob, pack_weight
+from prunus.runtime.ops import blob_array, convolved, geometry_of, kept_geometry, linear_rows
+from prunus.runtime.weight import PackedWeight, addable, check_blob, observed, pack_weight
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -141,11 +141,12 @@ class SparseConv2d(PackedWeight):
         source, padding = self._padded(source if x.dim() == 4 else source.unsqueeze(0))
         moves = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
         if residual is not None:
-            size = geometry_of(source.shape, *moves).out_size
+            known = geometry_of if observed() else kept_geometry
+            size = known(source.shape, *moves).out_size
             if x.dim() != 4 or not addable(x, residual, (len(x), self.out_channels, *size)):
                 return self._apart(x, residual)
         if self._direct(source, bias, residual):
-            geometry = geometry_of(source.shape, *moves)
+            geometry = kept_geometry(source.shape, *moves)
             flags = kernels.ACTIVATIONS[self.activation]
             added = None if residual is None else residual.contiguous()
             y = convolved(

@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 SPARSE = "csr"
+DIRECT = "direct"
+"""A dense convolution through the packed kernels: depthwise ones and those of few channels."""
 DENSE = "dense"
 
 
