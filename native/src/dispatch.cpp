@@ -19,6 +19,9 @@ struct Available {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
       tables[count++] = &kernels_avx512;
 #endif
+#ifdef PRUNUS_NEON
+    tables[count++] = &kernels_neon;
+#endif
   }
 };
 

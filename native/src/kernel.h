@@ -101,5 +101,8 @@ extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
+#ifdef PRUNUS_NEON
+extern const Kernels kernels_neon;
+#endif
 
 }  // namespace prunus

@@ -254,6 +254,8 @@ bool transpose_case(int64_t m, int64_t k, uint32_t block, uint32_t block_of_tran
 
 }  // namespace
 
+int group_cases(int* done);  // driver_groups.cpp
+
 int main() {
   set_grain(1);
   const int64_t sizes[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 53, 63, 64, 65, 97, 131};
@@ -276,6 +278,7 @@ int main() {
                               pick(blocks), i % 3, isa);
   for (int i = 0; i < 200; ++i, ++done)
     failed += !transpose_case(pick(sizes), pick(sizes), pick(blocks), pick(blocks));
+  failed += group_cases(&done);
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);
   return failed != 0;
 }
