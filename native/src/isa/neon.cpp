@@ -4,6 +4,17 @@
 #include "kernel.h"
 
 namespace prunus {
+
+// Found by name where nothing in the namespace below hides it: a kernel that has no form here yet
+// runs its scalar one.
+namespace fallback {
+#define PRUNUS_KERNEL(name, layout, description) \
+  [[maybe_unused]] const auto name = [](const auto& task) { kernels_scalar.name(task); };
+#include "kernels.def"
+#undef PRUNUS_KERNEL
+}  // namespace fallback
+using namespace fallback;
+
 namespace {
 
 constexpr int kLanes = 4;
@@ -115,14 +126,19 @@ inline float total(const Partial& p) {
 #include "kernels/sddmm-inl.h"
 #include "kernels/table-inl.h"
 
-}  // namespace
-
-const Kernels kernels_neon = {
-    "neon",
-    kPanel,
-#define PRUNUS_KERNEL(name, layout, description) name,
+Kernels neon_table() {
+  static_assert(kPanel == 16, "the scalar kernels share the panels of these");
+  Kernels table = kernels_scalar;
+  table.isa = "neon";
+  table.panel = kPanel;
+#define PRUNUS_KERNEL(name, layout, description) table.name = name;
 #include "kernels.def"
 #undef PRUNUS_KERNEL
-};
+  return table;
+}
+
+}  // namespace
+
+const Kernels kernels_neon = neon_table();
 
 }  // namespace prunus
