@@ -16,7 +16,7 @@ from prunus.core import Context, Score, Site, Sparsifier, State
 from prunus.drive import Attached, attach, attached, prune, sensitivity
 from prunus.errors import PrunusError
 from prunus.evidence import Evidence, evidence
-from prunus.runtime import Plan, SparseConv2d, SparseLinear, compile, load, save
+from prunus.runtime import Plan, SparseConv1d, SparseConv2d, SparseLinear, compile, load, save
 from prunus.training import sparse_training
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "PrunusError",
     "Score",
     "Site",
+    "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
     "Sparsifier",

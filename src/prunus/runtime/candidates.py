@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import ShapeError
+from prunus.runtime.conv1d import SparseConv1d
 from prunus.runtime.modules import SparseConv2d, SparseLinear
 from prunus.runtime.plan import Layer
 
-KINDS = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
+KINDS = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
 
 DIRECT_CHANNELS = 4
 """Channels per group up to which a dense convolution is tried through the packed kernels."""
@@ -52,7 +53,7 @@ def run(model: nn.Module, example: Any) -> Any:
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """{first name: module} of every linear layer and 2-d convolution, subclasses included."""
+    """{first name: module} of every linear layer, 1-d and 2-d convolution, subclasses too."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, tuple(KINDS))
     }
@@ -60,7 +61,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_direct(module: nn.Module) -> bool:
     """Whether the packed kernels may beat torch on a dense layer: convolutions of few channels."""
-    few = isinstance(module, nn.Conv2d) and module.in_channels // module.groups <= DIRECT_CHANNELS
+    few = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.in_channels // module.groups <= DIRECT_CHANNELS
     return few and type(module) in KINDS
 
 
@@ -140,11 +141,13 @@ def refusal(module: nn.Module, owners: Mapping[int, list[str]], calls: Mapping[C
 
 def _plain(module: nn.Module) -> str:
     """The torch class that a subclass extends."""
-    return "nn.Linear" if isinstance(module, nn.Linear) else "nn.Conv2d"
+    return next(f"nn.{kind.__name__}" for kind in KINDS if isinstance(module, kind))
 
 
-def pack_layer(module: nn.Module) -> SparseLinear | SparseConv2d:
+def pack_layer(module: nn.Module) -> SparseLinear | SparseConv1d | SparseConv2d:
     """The sparse twin of a layer."""
+    if isinstance(module, nn.Conv1d):
+        return SparseConv1d.from_dense(module)
     if isinstance(module, nn.Conv2d):
         return SparseConv2d.from_dense(module)
     if isinstance(module, nn.Linear):

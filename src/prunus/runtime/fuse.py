@@ -120,7 +120,7 @@ def _foldable(layer: nn.Module, norm: nn.Module, call: Call) -> bool:
     weight = layer._parameters.get("weight")
     if type(norm) is not kind or weight is None or not plain(norm):
         return False
-    if len(call.shape) != (4 if kind is nn.BatchNorm2d else 2):
+    if len(call.shape) != {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4}[type(layer)]:
         return False
     values = [*layer._parameters.values(), *norm._parameters.values(), *norm._buffers.values()]
     same = all(v is None or v.device == weight.device for v in values)

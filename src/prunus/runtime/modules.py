@@ -29,12 +29,12 @@ class SparseLinear(PackedWeight):
     @classmethod
     def from_dense(cls, module: nn.Linear) -> SparseLinear:
         """Pack the non-zeros of a dense layer."""
-        return cls(pack_weight(module.weight), _copied(module.bias))
+        return cls(pack_weight(module.weight), copied(module.bias))
 
     def to_dense(self) -> nn.Linear:
         """The same layer as nn.Linear, in eval mode, without a fused activation."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        return _filled(dense, self)
+        return filled(dense, self)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map input [..., in_features], fp32 or half, to its dtype; ShapeError where K differs.
@@ -101,7 +101,7 @@ class SparseConv2d(PackedWeight):
         window, stride = _pair(module.kernel_size), _pair(module.stride)
         return cls(
             pack_weight(module.weight, kernels.conv_block(window, stride)),
-            _copied(module.bias),
+            copied(module.bias),
             kernel_size=window,
             stride=stride,
             padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
@@ -124,7 +124,7 @@ class SparseConv2d(PackedWeight):
             padding_mode=self.padding_mode,
             device="meta",
         )
-        return _filled(dense, self)
+        return filled(dense, self)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map input [B, C, H, W] or [C, H, W], fp32 or half, to contiguous images of its dtype.
@@ -194,12 +194,12 @@ def _pair(value: int | tuple[int, ...]) -> Pair:
     return int(height), int(width)
 
 
-def _copied(bias: Tensor | None) -> Tensor | None:
+def copied(bias: Tensor | None) -> Tensor | None:
     """Bias without its graph, in fp32."""
     return None if bias is None else bias.detach().to("cpu", torch.float32)
 
 
-def _filled(dense, module: PackedWeight):
+def filled(dense, module: PackedWeight):
     """Give a meta-device layer the weight and bias of a packed one."""
     weight = torch.from_numpy(kernels.unpack(blob_array(module.packed)))
     state = {"weight": weight.reshape(module.weight_shape)}

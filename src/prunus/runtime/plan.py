@@ -15,7 +15,7 @@ DENSE = "dense"
 class Layer:
     """A layer that could run sparse: what a `choose` callable is asked about.
 
-    `shape` is that of the dense weight; `kind` is "linear" or "conv2d".
+    `shape` is that of the dense weight; `kind` is "linear", "conv1d" or "conv2d".
     """
 
     name: str
