@@ -61,7 +61,10 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_direct(module: nn.Module) -> bool:
     """Whether the packed kernels may beat torch on a dense layer: convolutions of few channels."""
-    few = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.in_channels // module.groups <= DIRECT_CHANNELS
+    few = (
+        isinstance(module, (nn.Conv1d, nn.Conv2d))
+        and module.in_channels // module.groups <= DIRECT_CHANNELS
+    )
     return few and type(module) in KINDS
 
 

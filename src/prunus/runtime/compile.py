@@ -47,14 +47,14 @@ def compile(
     """A copy of the model for inference, with packed layers where they are faster; see `.plan`.
 
     example_inputs: a tensor, a tuple of positional or a mapping of named inputs, of the shapes that
-    will be used. Each nn.Linear and nn.Conv2d at `minimum_sparsity` or more is timed against its
+    will be used. Each nn.Linear and convolution at `minimum_sparsity` or more is timed against its
     packed twin on its real input shapes, then the whole model against the dense one; what does not
     win stays dense. Below that, convolutions of at most four channels per group (depthwise ones
-    and first layers) are timed as "direct" against torch's. A model with convolutions takes the faster memory format, too. Before that a
-    batch norm that directly follows a layer is folded into it and becomes nn.Identity. A packed
-    layer also computes the residual addition and then the activation (ReLU, ReLU6, GELU, SiLU)
-    behind it; a module whose forward pass changes by that keeps its class but runs a traced one,
-    for arguments as in the example.
+    and first layers) are timed as "direct" against torch's. A model with convolutions takes the
+    faster memory format, too. Before that a batch norm that directly follows a layer is folded
+    into it and becomes nn.Identity. A packed layer also computes the residual addition and then
+    the activation (ReLU, ReLU6, GELU, SiLU) behind it; a module whose forward pass changes by that
+    keeps its class but runs a traced one, for arguments as in the example.
     threads: what to measure with (None: torch.get_num_threads()).
     choose(layer) -> "csr", "direct" or "dense" decides instead of the clock; `Plan.choose` is one.
     The copy is in eval mode and its parameters want no gradients; the original is untouched. The

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from prunus import kernels
 from prunus.errors import ShapeError
-from prunus.runtime.modules import PaddingMode, SparseConv2d, copied, filled
+from prunus.runtime.modules import PaddingMode, SparseConv, copied, filled
 from prunus.runtime.weight import addable, pack_weight
 
 
-class SparseConv1d(SparseConv2d):
+class SparseConv1d(SparseConv):
     """A direct 1-d convolution with W [O, C/groups·k] packed; see PackedWeight.
 
     `kernel_size`, `stride` and `dilation` are those of the 2-d convolution it runs as: (1, k).

@@ -65,8 +65,8 @@ class SparseLinear(PackedWeight):
         return f"{sizes}, {self._shape_repr()}"
 
 
-class SparseConv2d(PackedWeight):
-    """A direct 2-d convolution with W [O, C/groups·kh·kw] packed; see PackedWeight."""
+class SparseConv(PackedWeight):
+    """What packed convolutions share: one of 2 dimensions, into which others are turned."""
 
     def __init__(
         self,
@@ -94,37 +94,6 @@ class SparseConv2d(PackedWeight):
         self.padding = padding if isinstance(padding, str) else _pair(padding)
         self.padding_mode: PaddingMode = padding_mode
         self.groups = groups
-
-    @classmethod
-    def from_dense(cls, module: nn.Conv2d) -> SparseConv2d:
-        """Pack the non-zeros of a dense convolution."""
-        window, stride = _pair(module.kernel_size), _pair(module.stride)
-        return cls(
-            pack_weight(module.weight, kernels.conv_block(window, stride)),
-            copied(module.bias),
-            kernel_size=window,
-            stride=stride,
-            padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
-            dilation=_pair(module.dilation),
-            padding_mode=cast(PaddingMode, module.padding_mode),
-            groups=module.groups,
-        )
-
-    def to_dense(self) -> nn.Conv2d:
-        """The same layer as nn.Conv2d, in eval mode, without a fused activation."""
-        dense = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=self.bias is not None,
-            padding_mode=self.padding_mode,
-            device="meta",
-        )
-        return filled(dense, self)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map input [B, C, H, W] or [C, H, W], fp32 or half, to contiguous images of its dtype.
@@ -184,6 +153,41 @@ class SparseConv2d(PackedWeight):
         moves = f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}"
         rest = f"groups={self.groups}, padding_mode={self.padding_mode!r}"
         return f"{sizes}, {moves}, {rest}, {self._shape_repr()}"
+
+
+class SparseConv2d(SparseConv):
+    """A direct 2-d convolution with W [O, C/groups·kh·kw] packed; see PackedWeight."""
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d) -> SparseConv2d:
+        """Pack the non-zeros of a dense convolution."""
+        window, stride = _pair(module.kernel_size), _pair(module.stride)
+        return cls(
+            pack_weight(module.weight, kernels.conv_block(window, stride)),
+            copied(module.bias),
+            kernel_size=window,
+            stride=stride,
+            padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
+            dilation=_pair(module.dilation),
+            padding_mode=cast(PaddingMode, module.padding_mode),
+            groups=module.groups,
+        )
+
+    def to_dense(self) -> nn.Conv2d:
+        """The same layer as nn.Conv2d, in eval mode, without a fused activation."""
+        dense = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            device="meta",
+        )
+        return filled(dense, self)
 
 
 def _pair(value: int | tuple[int, ...]) -> Pair:

@@ -39,6 +39,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.7, 1.0])
 def test_matches_torch_in_float64_and_goes_back(name, sparsity):
