@@ -38,7 +38,7 @@ def compare(geometry, rows, isa, sparsity=0.0, threads=1):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("kernel", "stride"), itertools.product((3, 5, 7), (1, 2)))
+@pytest.mark.parametrize(("kernel", "stride"), [*itertools.product((3, 5, 7), (1, 2))])
 def test_depthwise_of_every_width(kernel, stride, isa):
     for i, side in enumerate(SIDES):
         half = kernel // 2
