@@ -17,7 +17,9 @@ from typing import Any
 
 from prunus.evidence import environment
 
-PEERS = ("torch", "numpy", "scipy", "onnxruntime", "openvino", "prunus")
+PEERS = (
+    "torch", "numpy", "scipy", "onnxruntime", "openvino", "sparseprop", "sparselab", "prunus",
+)  # fmt: skip
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

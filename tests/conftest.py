@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -10,6 +12,7 @@ settings.register_profile(
     "prunus", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("prunus")
+os.environ["PRUNUS_CACHE"] = ""  # times measured in one test decide nothing in another
 
 
 @pytest.fixture(autouse=True)

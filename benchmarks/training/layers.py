@@ -1,8 +1,14 @@
-"""Training step of one layer, forward and both gradients: prunus against torch dense and CSR."""
+"""Training step of one layer, forward and all gradients: prunus against its peers.
+
+Peers: torch dense fp32 (convolutions also channels last), torch CSR (linear), SparseProp 0.1.14
+and SparseLab 0.2.2 (linear), where they are installed:
+pip install sparseprop==0.1.14 sparselab==0.2.2 --no-deps --no-build-isolation
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import harness
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,13 +32,14 @@ SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 CONV = ((64, 64, 3, 56), (128, 128, 3, 28), (256, 256, 3, 14), (512, 512, 3, 7), (256, 64, 1, 56),
         (512, 128, 1, 28), (256, 1024, 1, 14), (512, 2048, 1, 7))  # fmt: skip
 BATCH = 16
+PEERS = ("torch dense", "torch CSR", "SparseProp", "SparseLab")
 
 Run = Callable[[], list[Tensor]]
 
 
 def step(layer: nn.Module, x: Tensor, g: Tensor) -> Run:
-    """Forward and the gradients to input and parameters, through autograd."""
-    parameters = [next(layer.parameters())]
+    """Forward and the gradients to input, weight and bias, through autograd."""
+    parameters = list(layer.parameters())
 
     def run() -> list[Tensor]:
         y = layer(x)
@@ -54,9 +62,49 @@ def csr_step(weight: Tensor, bias: Tensor, x: Tensor, g: Tensor) -> Run:
             y = (csr @ plain.t()).t() + bias
             grad_x = (turned @ g.t()).t()
             grad_w = torch.sparse.sampled_addmm(zeros, g.t(), plain, beta=0.0)
-            return [y, grad_x, grad_w.values()]
+            return [y, grad_x, grad_w.values(), g.sum(0)]
 
     return run
+
+
+def installed(name: str) -> Any:
+    """A peer's module, None where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def sparseprop_steps(dense: nn.Linear | nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, Run]:
+    """SparseProp; of convolutions both of its layouts, the report takes the faster one."""
+    peer = installed("sparseprop.modules")
+    if peer is None:
+        return {}
+    if isinstance(dense, nn.Linear):
+        return {"SparseProp": step(peer.SparseLinear.from_dense(dense), x, g)}
+    forms = {"SparseProp": False, "SparseProp, over images": True}
+    return {
+        name: step(peer.SparseConv2d.from_dense(dense, vectorizing_over_on=form), x, g)
+        for name, form in forms.items()
+    }
+
+
+def sparselab_step(dense: nn.Linear, x: Tensor, g: Tensor) -> dict[str, Run]:
+    """SparseLab; it pads its rows, so that its gradient to the weight is not compared."""
+    peer = installed("sparselab")
+    if peer is None:
+        return {}
+    layer = peer.SparseLinear(dense.in_features, dense.out_features, sparsity=0.5)
+    layer._csr = peer.layout.from_dense(dense.weight.detach(), padding_ratio=0.0)
+    layer._values.data = torch.from_numpy(np.asarray(layer._csr.values))
+    layer.bias.data.copy_(dense.bias.detach())
+    given = step(layer, x, g)
+
+    def run() -> list[Tensor]:
+        y, grad_x, *_ = given()
+        return [y, grad_x]
+
+    return {"SparseLab": run}
 
 
 def thin(weight: Tensor, sparsity: float) -> None:
@@ -68,14 +116,11 @@ def thin(weight: Tensor, sparsity: float) -> None:
 def check(found: dict[str, list[Tensor]], mask: Tensor) -> None:
     """All peers computed the same; the gradient to the weight where it is stored."""
     wanted = found["torch dense"]
-    wanted = [wanted[0], wanted[1], wanted[2][mask]]
+    wanted = [*wanted[:2], wanted[2][mask], wanted[3]]
     for name, tensors in found.items():
-        tensors = [
-            tensors[0],
-            tensors[1],
-            tensors[2] if tensors[2].dim() == 1 else tensors[2][mask],
-        ]
-        for left, right in zip(tensors, wanted, strict=True):
+        if len(tensors) > 2 and tensors[2].dim() > 1:
+            tensors = [*tensors[:2], tensors[2][mask], tensors[3]]
+        for left, right in zip(tensors, wanted, strict=False):
             scale = float(right.abs().max()) if right.numel() else 0.0
             torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4 * scale, msg=name)
 
@@ -105,6 +150,8 @@ def linear(shape: tuple[int, int], n: int, sparsity: float, options: argparse.Na
         "torch dense": step(dense, x, g),
         "prunus": step(packed, x, g),
         "torch CSR": csr_step(weight, bias, x, g),
+        **sparseprop_steps(dense, x, g),
+        **sparselab_step(dense, x, g),
     }
     result = timed(runs, weight != 0, options)
     return {"layer": f"linear {rows}x{columns}", "n": n, "sparsity": sparsity, **result,
@@ -128,6 +175,7 @@ def convolution(
         "torch dense": step(dense, x, g),
         "torch dense, channels last": step(last, turned, g.to(memory_format=torch.channels_last)),
         "prunus": step(TrainableConv2d.from_dense(dense), x, g),
+        **sparseprop_steps(dense, x, g),
     }
     result = timed(runs, dense.weight.detach() != 0, options)
     name = f"conv {kernel}x{kernel} {inputs}->{outputs} at {side}x{side}"
@@ -135,16 +183,24 @@ def convolution(
 
 
 def report(cases: list[Any]) -> None:
-    """Print a row per case and the geometric means by sparsity, against the best dense."""
+    """Print a row per case and geometric means by kind and sparsity, against a peer's best form."""
     for case in cases:
         gains = ", ".join(f"{k} {v['median']:.2f}" for k, v in case["speedup"].items())
         print(f"{case['layer']}, n = {case['n']}, {case['sparsity']:.0%}: faster than {gains}")
-    for sparsity in sorted({case["sparsity"] for case in cases}):
-        rows = [case["speedup"] for case in cases if case["sparsity"] == sparsity]
-        dense = [min(v["median"] for k, v in r.items() if "dense" in k) for r in rows]
-        line = f"{sparsity:.0%}: best dense {harness.geometric_mean(dense):.2f}"
-        with_csr = [row["torch CSR"]["median"] for row in rows if "torch CSR" in row]
-        print(line + (f", torch CSR {harness.geometric_mean(with_csr):.2f}" if with_csr else ""))
+    kinds = {"linear": "linear", "3x3": "conv 3x3", "1x1": "conv 1x1", "convolution": "conv"}
+    for kind, start in kinds.items():
+        for sparsity in sorted({case["sparsity"] for case in cases}):
+            mine = [c for c in cases if c["sparsity"] == sparsity and c["layer"].startswith(start)]
+            gains = {peer: [best(c["speedup"], peer) for c in mine] for peer in PEERS}
+            parts = [f"{k} {harness.geometric_mean(v):.2f}" for k, v in gains.items() if all(v)]
+            if mine:
+                print(f"{kind}, {sparsity:.0%}: {', '.join(parts)}")
+
+
+def best(gains: dict[str, Any], peer: str) -> float:
+    """How many times faster than the fastest form of a peer; 0 where it did not run."""
+    found = [v["median"] for name, v in gains.items() if name.startswith(peer)]
+    return min(found, default=0.0)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ namespace prunus {
 namespace {
 
 struct Available {
-  const Kernels* tables[3] = {&kernels_scalar, nullptr, nullptr};
+  const Kernels* tables[4] = {&kernels_scalar, nullptr, nullptr, nullptr};
   int count = 1;
 
   Available() {
@@ -15,9 +15,12 @@ struct Available {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2) tables[count++] = &kernels_avx2;
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      tables[count++] = &kernels_avx512;
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq");
+    if (avx512) tables[count++] = &kernels_avx512;
+    if (avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
+      tables[count++] = &kernels_avx512_vnni;
 #endif
 #ifdef PRUNUS_NEON
     tables[count++] = &kernels_neon;

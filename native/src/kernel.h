@@ -12,9 +12,6 @@ enum : uint32_t { kRelu = 1u, kGelu = 2u, kGeluTanh = 4u, kSilu = 8u, kRelu6 = 1
 // Task::flags of a sampled product: add to what is in the output.
 constexpr uint32_t kAccumulate = 1u << 16;
 
-// A sampled product that reads x in place takes multiples of this many columns.
-constexpr int64_t kLongestSum = 128;
-
 // Row ranges given to a kernel start at multiples of this many rows.
 constexpr int64_t kRowGroup = 16;
 
@@ -43,7 +40,8 @@ struct Task {
   const Conv* conv;  // null but for convolutions
   const float* g;  // of a sampled product: the other factor, ldg floats between its rows
   int64_t ldg;
-  const int64_t* places;  // of a sampled product: where each column of W begins in x, or null
+  const struct BitmapWeight* bitmap;  // of a bitmap-packed product, whose panels have
+  int64_t panel;                      // this many columns of X
   float* workspace;  // 64-byte aligned, workspace_floats() long
 };
 
@@ -67,17 +65,49 @@ static inline int64_t workspace_floats(const Weight& w, int64_t panel) {
 }
 
 // Parts of the workspace of a convolution, each a multiple of 16 floats long: the panel, the output
-// tile, the runs in and out, the offset of each column within the panel.
+// tile, the runs in and out (of up to two panels), the offset of each column within the panel,
+// where each chunk of columns begins in each row.
 static inline int64_t conv_panel_floats(const Conv& c) {
   return c.channels * conv_copies(c) * c.length + 16;
 }
 static inline int64_t conv_tile_floats(int64_t panel) { return (kTileRows + 2) * panel + 16; }
 static inline int64_t conv_runs_floats(const Conv& c, int64_t panel) {
-  const int64_t runs = conv_runs_in(c) + conv_runs_out(c, panel);
+  const int64_t runs = conv_runs_in(c) + conv_runs_out(c, 2 * panel);
   return (runs * int64_t{sizeof(Run) / sizeof(float)} + 15) / 16 * 16;
 }
+
+// Columns of W that pass at a time: what they read of a panel stays in the first-level cache, but
+// each row has enough of them to pay for taking up its sums again.
+constexpr int64_t kNearFloats = 8 * 1024;
+constexpr int64_t kLeastRun = 16;
+
+static inline int64_t conv_chunk(const Weight& w, const Conv& c, int64_t panel) {
+  const int64_t area = c.down.kernel * c.across.kernel, channels = c.channels / c.groups;
+  if (w.blocks != 1 || w.rows == 0) return w.cols;
+  const int64_t reach = c.down.shift * c.across.extent + c.across.shift;
+  const int64_t near = kNearFloats / (conv_copies(c) * (2 * panel + reach));
+  const int64_t wanted = near == 0 ? channels : (channels + near - 1) / near;
+  const int64_t most = w.nnz / (w.rows * kLeastRun);
+  const int64_t chunks = wanted < most ? wanted : most;
+  return chunks <= 1 ? w.cols : (channels + chunks - 1) / chunks * area;
+}
+static inline int64_t conv_chunks(const Weight& w, int64_t chunk) {
+  return chunk == 0 ? 1 : (w.cols + chunk - 1) / chunk;
+}
+
+static inline int64_t conv_columns_floats(const Weight& w, const Conv& c, int64_t panel) {
+  return (w.cols + 15) / 16 * 16 + w.rows * (conv_chunks(w, conv_chunk(w, c, panel)) + 1);
+}
 static inline int64_t conv_workspace_floats(const Weight& w, const Conv& c, int64_t panel) {
-  return conv_panel_floats(c) + conv_tile_floats(panel) + conv_runs_floats(c, panel) + w.cols;
+  return conv_panel_floats(c) + conv_tile_floats(panel) + conv_runs_floats(c, panel) +
+         conv_columns_floats(w, c, panel);
+}
+
+// As for a convolution, but the tile holds the output's gradient of two panels.
+static inline int64_t grad_tile_floats(int64_t panel) { return kTileRows * 2 * panel + 16; }
+static inline int64_t grad_workspace_floats(const Weight& w, const Conv& c, int64_t panel) {
+  return conv_panel_floats(c) + grad_tile_floats(panel) + conv_runs_floats(c, panel) +
+         conv_columns_floats(w, c, panel);
 }
 
 // Whether a weight has no zeros, so that its values are the rows of a matrix.
@@ -100,6 +130,7 @@ extern const Kernels kernels_scalar;
 #ifdef PRUNUS_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_vnni;
 #endif
 #ifdef PRUNUS_NEON
 extern const Kernels kernels_neon;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bitmap.h"
 #include "blob.h"
 #include "dispatch.h"
 #include "run.h"
@@ -39,19 +40,18 @@ void check_floats(const char* name, uintptr_t address, bool needed) {
     bad_value(std::string("the address of ") + name + " is null or not 4-byte aligned");
 }
 
-Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
-                  uintptr_t residual, uint32_t flags, int threads, int isa) {
-  checked_blob(blob);
+// All of a call but its weight.
+Call checked_options(uint64_t rows, uint64_t cols, uintptr_t x, uintptr_t y, int64_t n,
+                     uintptr_t bias, uintptr_t residual, uint32_t flags, int threads, int isa) {
   Call call{};
-  call.w = open_blob(reinterpret_cast<const void*>(blob));
   if (n < 0 || n > INT32_MAX || threads < 1)
     bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
   if (flags > kRelu6 || (flags & (flags - 1)) != 0)
     bad_value(
         "unknown flags; known: one of 1 (ReLU), 2 (GELU), 4 (GELU by tanh), 8 (SiLU), 16 (ReLU6)");
   if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
-  check_floats("x", x, n > 0 && call.w.cols > 0);
-  check_floats("y", y, n > 0 && call.w.rows > 0);
+  check_floats("x", x, n > 0 && cols > 0);
+  check_floats("y", y, n > 0 && rows > 0);
   check_floats("the bias", bias, false);
   check_floats("the residual", residual, false);
   call.x = reinterpret_cast<const float*>(x);
@@ -65,6 +65,14 @@ Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t
   return call;
 }
 
+Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
+                  uintptr_t residual, uint32_t flags, int threads, int isa) {
+  const BlobHeader& h = checked_blob(blob);
+  Call call = checked_options(h.rows, h.cols, x, y, n, bias, residual, flags, threads, isa);
+  call.w = open_blob(reinterpret_cast<const void*>(blob));
+  return call;
+}
+
 void execute(const Call& call) {
   bool ok;
   {
@@ -74,8 +82,22 @@ void execute(const Call& call) {
   if (!ok) throw std::bad_alloc();
 }
 
+void bitmap_ptr(uintptr_t blob, const Call& call) {
+  bool ok;
+  {
+    nb::gil_scoped_release release;
+    ok = run_bitmap({open_bitmap(reinterpret_cast<const void*>(blob)), call.x, call.y, call.n,
+                     call.bias, call.residual, call.flags, call.threads, call.kernels});
+  }
+  if (!ok) throw std::bad_alloc();
+}
+
 void linear_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
                 uint32_t flags, int threads, int isa, uintptr_t residual) {
+  if (blob != 0 && blob % 8 == 0 && is_bitmap(*reinterpret_cast<const BlobHeader*>(blob)))
+    return bitmap_ptr(blob, checked_options(reinterpret_cast<const BlobHeader*>(blob)->rows,
+                                            reinterpret_cast<const BlobHeader*>(blob)->cols, x, y,
+                                            n, bias, residual, flags, threads, isa));
   Call call = checked_call(blob, x, y, n, bias, residual, flags, threads, isa);
   call.layout = Layout::tokens;
   call.ldx = call.w.cols;
@@ -135,40 +157,87 @@ void conv_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, const Geometry& geometry
   execute(call);
 }
 
-// out[nnz] (+)= G^T X at the non-zeros of the blob; rows of x and g lie ldx and ldg floats apart.
-void sddmm_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t n, bool tokens,
-               bool accumulate, int threads, int64_t ldx, int64_t ldg, int isa,
-               uintptr_t places) {
+SampledCall checked_sampled(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t n,
+                            bool accumulate, int threads, int isa) {
   checked_blob(blob);
   SampledCall call{};
   call.pattern = open_blob(reinterpret_cast<const void*>(blob));
   if (n < 0 || n > INT32_MAX || threads < 1)
     bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
   if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
-  if (places % 8 != 0 || (places && (tokens || n % kLongestSum != 0 || call.pattern.blocks != 1)))
-    bad_value("places want planes, one block, and n as a multiple of 128");
-  call.places = reinterpret_cast<const int64_t*>(places);
-  if (ldx < (tokens ? call.pattern.cols : n) || ldg < (tokens ? call.pattern.rows : n))
-    bad_value("the row strides ldx and ldg must be at least the length of a row");
   check_floats("x", x, n > 0 && call.pattern.nnz > 0);
   check_floats("g", g, n > 0 && call.pattern.nnz > 0);
   check_floats("out", out, call.pattern.nnz > 0);
-  call.tokens = tokens;
   call.x = reinterpret_cast<const float*>(x);
-  call.ldx = ldx;
   call.g = reinterpret_cast<const float*>(g);
-  call.ldg = ldg;
   call.n = n;
   call.out = reinterpret_cast<float*>(out);
   call.accumulate = accumulate;
   call.threads = threads;
   call.kernels = &kernels_at(isa < 0 ? active_index() : isa);
+  return call;
+}
+
+void execute(const SampledCall& call) {
   bool ok;
   {
     nb::gil_scoped_release release;
     ok = run_sampled(call);
   }
   if (!ok) throw std::bad_alloc();
+}
+
+// out[nnz] (+)= G^T X at the non-zeros of the blob; rows of x and g lie ldx and ldg floats apart.
+void sddmm_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t n, bool tokens,
+               bool accumulate, int threads, int64_t ldx, int64_t ldg, int isa) {
+  SampledCall call = checked_sampled(blob, x, g, out, n, accumulate, threads, isa);
+  if (ldx < (tokens ? call.pattern.cols : n) || ldg < (tokens ? call.pattern.rows : n))
+    bad_value("the row strides ldx and ldg must be at least the length of a row");
+  call.tokens = tokens;
+  call.ldx = ldx;
+  call.ldg = ldg;
+  execute(call);
+}
+
+// out[nnz] = the gradient to the non-zeros of a convolution's weight, from its input and the
+// gradient to its output.
+void conv_grad_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out,
+                   const Geometry& geometry, int threads, int isa) {
+  SampledCall call = checked_sampled(blob, x, g, out, geometry[0], false, threads, isa);
+  Conv conv = checked_conv(geometry, call.pattern);
+  const int64_t pixels = conv_pixels(conv);
+  call.n = 0;
+  if (pixels > 0 && conv.batch > 0) {
+    if (!plan_conv(conv, call.kernels->panel))
+      bad_value("the kernel reaches too far for its workspace, or there are 2^31 pixels or more");
+    call.n = conv.positions;
+  }
+  call.conv = &conv;
+  call.ldx = conv.down.in * conv.across.in;
+  call.ldg = pixels;
+  execute(call);
+}
+
+// See turn_index and turn_values; columns 0: fills values, the offsets are there.
+void turn_ptr(uintptr_t blob, int64_t area, int64_t groups, uintptr_t offsets, uintptr_t columns,
+              uintptr_t values) {
+  checked_blob(blob);
+  const Turn turn{open_blob(reinterpret_cast<const void*>(blob)), area, groups};
+  const Weight& w = turn.w;
+  if (area < 1 || groups < 1 || w.blocks > 1 || w.cols % area != 0 || w.rows % groups != 0 ||
+      w.rows / groups * area > 65536)
+    bad_value("area and groups do not divide this weight, or its transpose is too wide");
+  if (offsets == 0 || offsets % 4 != 0 || columns % 2 != 0 || values % 4 != 0)
+    bad_value("an address is null or not aligned");
+  if ((columns == 0) == (values == 0)) bad_value("either columns or values are filled");
+  nb::gil_scoped_release release;
+  std::vector<uint32_t> counters(static_cast<size_t>(turn.channels()));
+  auto* starts = reinterpret_cast<uint32_t*>(offsets);
+  if (columns != 0) {
+    turn_index(turn, starts, reinterpret_cast<uint16_t*>(columns), counters.data());
+  } else {
+    turn_values(turn, starts, reinterpret_cast<float*>(values), counters.data());
+  }
 }
 
 void transpose_ptr(uintptr_t from, uintptr_t to) {
@@ -222,8 +291,11 @@ NB_MODULE(_native, m) {
         nb::arg("isa") = -1, nb::arg("residual_ptr") = 0);
   m.def("sddmm_ptr", &sddmm_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("g_ptr"),
         nb::arg("out_ptr"), nb::arg("n"), nb::arg("tokens"), nb::arg("accumulate"),
-        nb::arg("threads"), nb::arg("ldx"), nb::arg("ldg"), nb::arg("isa") = -1,
-        nb::arg("places_ptr") = 0);
+        nb::arg("threads"), nb::arg("ldx"), nb::arg("ldg"), nb::arg("isa") = -1);
+  m.def("conv_grad_ptr", &conv_grad_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("g_ptr"),
+        nb::arg("out_ptr"), nb::arg("geometry"), nb::arg("threads") = 1, nb::arg("isa") = -1);
+  m.def("turn_ptr", &turn_ptr, nb::arg("blob_ptr"), nb::arg("area"), nb::arg("groups"),
+        nb::arg("offsets_ptr"), nb::arg("columns_ptr") = 0, nb::arg("values_ptr") = 0);
   m.def("transpose_ptr", &transpose_ptr, nb::arg("from_ptr"), nb::arg("to_ptr"));
   m.def("available_isas", &available_isas);
   m.def("active_isa", [] { return kernels_at(active_index()).isa; });

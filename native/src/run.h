@@ -39,4 +39,16 @@ bool run(const Call& call);
 // Fills `to`, whose header already describes the transpose of `from`.
 void transpose_blob(const void* from, void* to);
 
+// The transpose of a convolution's weight [rows, channels / groups * area] of one block, kernels
+// flipped: [channels, rows / groups * area]. turn_index fills offsets [channels + 1] and columns
+// [nnz]; turn_values takes the values to their places. Both need channels counters.
+struct Turn {
+  Weight w;
+  int64_t area, groups;
+
+  int64_t channels() const { return w.cols / area * groups; }
+};
+void turn_index(const Turn& turn, uint32_t* offsets, uint16_t* columns, uint32_t* counters);
+void turn_values(const Turn& turn, const uint32_t* offsets, float* values, uint32_t* counters);
+
 }  // namespace prunus

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kMaxParts = 256;
 // Of any instruction set, as sddmm-inl.h cuts them: floats of a panel row, and rows of a panel.
-constexpr int64_t kLongestPanel = kLongestSum;
+constexpr int64_t kLongestPanel = 128;
 constexpr int64_t kLongestColumns = 1024;
 
 thread_local Workspace scratch;
@@ -19,6 +19,7 @@ thread_local Workspace scratch;
 struct Shares {
   Task task;
   KernelFunction kernel;
+  int64_t panel;
   int parts;
 
   int64_t nonzeros_before(int64_t row) const {
@@ -53,12 +54,11 @@ bool run_share(void* context, int index) {
   task.begin_row = shares.row(index);
   task.end_row = shares.row(index + 1);
   if (task.begin_row >= task.end_row) return true;
-  if (task.places == nullptr) {
-    const int64_t rows = task.end_row - task.begin_row;
-    task.workspace =
-        scratch.at_least((kLongestColumns + rows + 2 * kRowGroup) * kLongestPanel + rows);
-    if (task.workspace == nullptr) return false;
-  }
+  const int64_t rows = task.end_row - task.begin_row;
+  task.workspace = scratch.at_least(
+      task.conv != nullptr ? grad_workspace_floats(task.w, *task.conv, shares.panel)
+                           : (kLongestColumns + rows + 2 * kRowGroup) * kLongestPanel + rows);
+  if (task.workspace == nullptr) return false;
   shares.kernel(task);
   return true;
 }
@@ -78,11 +78,14 @@ bool run_sampled(const SampledCall& call) {
   shares.task.ldx = call.ldx;
   shares.task.g = call.g;
   shares.task.ldg = call.ldg;
-  shares.task.places = call.places;
+  shares.task.conv = call.conv;
   shares.task.y = call.out;
   shares.task.n = call.n;
   shares.task.flags = call.accumulate ? kAccumulate : 0u;
-  shares.kernel = call.tokens ? call.kernels->sddmm_tokens_f32 : call.kernels->sddmm_planes_f32;
+  shares.kernel = call.conv != nullptr ? call.kernels->conv_grad_f32
+                  : call.tokens        ? call.kernels->sddmm_tokens_f32
+                                       : call.kernels->sddmm_planes_f32;
+  shares.panel = call.kernels->panel;
   const double work = static_cast<double>(w.nnz) * static_cast<double>(call.n);
   const double useful = std::min(work / static_cast<double>(grain()), double{kMaxParts});
   shares.parts = std::max(1, std::min(call.threads, static_cast<int>(useful)));

@@ -12,7 +12,7 @@ struct SampledCall {
   const float* g;
   int64_t ldg;
   int64_t n;
-  const int64_t* places;  // of each column of the pattern within x (planes only), or null
+  const Conv* conv;  // then x and g are images, ldx and ldg floats between their channels; or null
   float* out;  // [nnz]
   bool accumulate;
   int threads;

@@ -36,4 +36,53 @@ void transpose_blob(const void* from, void* to) {
   offsets[0] = 0;
 }
 
+namespace {
+
+// each(i, channel, column): a row's elements from its last to its first, so that the flipped
+// columns of a channel come in ascending order. Area: 0 if it is known at run time only.
+template <int64_t Area, class Each>
+void walk_turned(const Turn& turn, const Each& each) {
+  const int64_t area = Area ? Area : turn.area;
+  const int64_t group_rows = turn.w.rows / turn.groups, group_channels = turn.w.cols / area;
+  for (int64_t row = 0; row < turn.w.rows; ++row) {
+    const int64_t group = turn.groups == 1 ? 0 : row / group_rows;
+    const int64_t first = (row - group * group_rows) * area + area - 1;
+    for (uint32_t i = turn.w.offsets[row + 1]; i-- > turn.w.offsets[row];) {
+      const uint32_t column = turn.w.columns[i];
+      const int64_t channel = column / static_cast<uint32_t>(area);
+      const int64_t place = column - channel * area;
+      each(i, group * group_channels + channel, first - place);
+    }
+  }
+}
+
+template <class Each>
+void walk(const Turn& turn, const Each& each) {
+  switch (turn.area) {
+    case 1: walk_turned<1>(turn, each); break;
+    case 9: walk_turned<9>(turn, each); break;
+    default: walk_turned<0>(turn, each); break;
+  }
+}
+
+}  // namespace
+
+void turn_index(const Turn& turn, uint32_t* offsets, uint16_t* columns, uint32_t* counters) {
+  const int64_t channels = turn.channels();
+  for (int64_t c = 0; c <= channels; ++c) offsets[c] = 0;
+  walk(turn, [&](uint32_t, int64_t channel, int64_t) { ++offsets[channel + 1]; });
+  for (int64_t c = 0; c < channels; ++c) offsets[c + 1] += offsets[c];
+  for (int64_t c = 0; c < channels; ++c) counters[c] = offsets[c];
+  walk(turn, [&](uint32_t, int64_t channel, int64_t column) {
+    columns[counters[channel]++] = static_cast<uint16_t>(column);
+  });
+}
+
+void turn_values(const Turn& turn, const uint32_t* offsets, float* values, uint32_t* counters) {
+  for (int64_t c = 0; c < turn.channels(); ++c) counters[c] = offsets[c];
+  walk(turn, [&](uint32_t i, int64_t channel, int64_t) {
+    values[counters[channel]++] = turn.w.values[i];
+  });
+}
+
 }  // namespace prunus

@@ -11,6 +11,7 @@
 #include "dispatch.h"
 #include "run.h"
 #include "sddmm.h"
+#include "tests/bitmap_cases.h"
 
 using namespace prunus;
 
@@ -276,6 +277,8 @@ int main() {
     for (int i = 0; i < 300; ++i, ++done)
       failed += !sampled_case(pick(sizes), i % 50 == 0 ? 1100 : pick(sizes), pick(wide),
                               pick(blocks), i % 3, isa);
+  for (int isa = 0; isa < available_count(); ++isa, done += 300)
+    failed += bitmap_cases::run_all(isa, 300);
   for (int i = 0; i < 200; ++i, ++done)
     failed += !transpose_case(pick(sizes), pick(sizes), pick(blocks), pick(blocks));
   failed += group_cases(&done);

@@ -7,6 +7,7 @@ from prunus import (
     methods,
     schedules,
     scores,
+    search,
     solvers,
     structures,
     training,
@@ -16,7 +17,17 @@ from prunus.core import Context, Score, Site, Sparsifier, State
 from prunus.drive import Attached, attach, attached, prune, sensitivity
 from prunus.errors import PrunusError
 from prunus.evidence import Evidence, evidence
-from prunus.runtime import Plan, SparseConv1d, SparseConv2d, SparseLinear, compile, load, save
+from prunus.metrics import flops_table
+from prunus.runtime import (
+    Plan,
+    SparseConv1d,
+    SparseConv2d,
+    SparseLinear,
+    compile,
+    latency_table,
+    load,
+    save,
+)
 from prunus.training import sparse_training
 
 __version__ = "0.1.0"
@@ -42,13 +53,16 @@ __all__ = [
     "compile",
     "compose",
     "evidence",
+    "flops_table",
     "growth",
+    "latency_table",
     "load",
     "methods",
     "prune",
     "save",
     "schedules",
     "scores",
+    "search",
     "sensitivity",
     "solvers",
     "sparse_training",

@@ -38,6 +38,14 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     return float(sparsity)
 
 
+def check_steps(**steps: int) -> None:
+    """Raise ValueRangeError unless each is a whole number of optimizer steps, 0 or more."""
+    for name, value in steps.items():
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (real and value >= 0 and value != float("inf") and value == int(value)):
+            raise ValueRangeError(f"{name} counts optimizer steps and cannot be {value!r}")
+
+
 # --- what is sparse ---------------------------------------------------------------------------
 
 
@@ -211,7 +219,8 @@ class Allocation:
     the way. compares: whether it reads the scores (then they must be comparable between sites).
     least(sites): the lowest final sparsity that it can share out; below it, on the way of a ramp,
     it may give sites less than they end with. measure: what `sparsity` is a fraction of; unless it
-    is "weights", how many weights are removed comes out of the shares.
+    is "weights", how many weights are removed comes out of the shares. total(sites): how much of
+    the measure the dense sites have (None: it has no total).
     """
 
     name: str
@@ -219,6 +228,7 @@ class Allocation:
     compares: bool = False
     least: Callable[[Sequence[Site]], float] = lambda sites: 0.0
     measure: str = "weights"
+    total: Callable[[Sequence[Site]], float] | None = lambda sites: sum(s.size for s in sites)
 
 
 @dataclass(frozen=True)

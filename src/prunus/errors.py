@@ -51,9 +51,17 @@ class DisagreementError(PrunusError, RuntimeError):
     """Ranks of a distributed run hold different masks."""
 
 
+class MissingFileError(PrunusError, FileNotFoundError):
+    """A file or folder that was named does not exist."""
+
+
 class FormatError(PrunusError, ValueError):
     """A packed file or buffer is truncated, corrupt, hostile, or of an unknown version."""
 
 
 class RecipeError(PrunusError, ValueError):
     """A recipe is wrong; the message names file, line and the allowed values."""
+
+
+class MissingPackageError(PrunusError, ImportError):
+    """An optional package is not installed; the message names the command that installs it."""

@@ -74,14 +74,57 @@ def _threshold(scores: Scores, sizes: Mapping[str, int], keep: float) -> tuple[f
     """
     samples, units = [], []
     for name in sizes:  # one access of each site: scores may be computed again every time
-        flat = scores[name].reshape(-1)
-        units.append(len(flat))
-        # cloned, because a view would keep the scores of all sites alive at once
-        samples.append(flat[:: max(1, len(flat) // _SAMPLE)].clone())
+        count, sample = _sampled(scores[name])
+        units.append(count)
+        samples.append(sample)
     wide = any(sample.dtype == torch.float64 for sample in samples)
     samples = [_widened(sample, wide) for sample in samples]
     found = _by_sample(scores, sizes, keep, samples, units) or _by_digits(scores, sizes, keep, wide)
     return (*found, wide)
+
+
+# What reads the scores of one site is a function of its own: a name in a loop would hold on to them
+# while those of the next site are computed.
+
+
+def _sampled(scores: Tensor) -> tuple[int, Tensor]:
+    """Return how many units there are, and some of them at equal distances, copied."""
+    flat = scores.reshape(-1)
+    return len(flat), flat[:: max(1, len(flat) // _SAMPLE)].clone()
+
+
+def _between(scores: Tensor, low: float, high: float, most: int, wide: bool) -> tuple[int, Tensor]:
+    """Return how many lie above `high`, and those from low to high; no more if these are `most`."""
+    above, held = 0, []
+    for chunk in _chunks(scores, wide):
+        above += int(torch.count_nonzero(chunk > high))
+        held.append(chunk[(chunk >= low) & (chunk <= high)])
+        most -= len(held[-1])
+        if most < 0:
+            break
+    return above, torch.cat(held)
+
+
+def _compared(scores: Tensor, last: float, wide: bool) -> tuple[int, int]:
+    """Return how many lie above `last`, and how many are equal."""
+    above = ties = 0
+    for chunk in _chunks(scores, wide):
+        above += int(torch.count_nonzero(chunk > last))
+        ties += int(torch.count_nonzero(chunk == last))
+    return above, ties
+
+
+def _histogram(scores: Tensor, prefix: int | None, shift: int, wide: bool) -> Tensor:
+    """Count the units by their next digit, those alone whose first digits are `prefix`."""
+    histogram = torch.zeros(_BINS, dtype=torch.int64)
+    for chunk in _chunks(scores, wide):
+        keys = _keys(chunk)
+        if prefix is not None:
+            keys = keys[(keys >> (shift + _DIGIT)) == prefix]
+        digits = keys >> shift
+        digits = digits + _BINS // 2 if prefix is None else digits & (_BINS - 1)
+        histogram += torch.bincount(digits, minlength=_BINS).cpu()
+    return histogram
 
 
 def _by_sample(
@@ -97,14 +140,12 @@ def _by_sample(
     left, most = keep, max(1 << 10, min(sum(units) // 4, 2 * CHUNK))
     inside: list[Tensor] = []
     for name, size in sizes.items():
-        held = []
-        for chunk in _chunks(scores[name], wide):
-            left -= float(torch.count_nonzero(chunk > high)) * size
-            held.append(chunk[(chunk >= low) & (chunk <= high)])
-            most -= len(held[-1])
-            if most < 0:
-                return None
-        inside.append(torch.cat(held))
+        above, held = _between(scores[name], low, high, most, wide)
+        left -= float(above) * size
+        most -= len(held)
+        if most < 0:
+            return None
+        inside.append(held)
     values, weight = _ranked(inside, list(sizes.values()))
     if left <= 0 or not len(values) or left > float(weight[-1]):
         return None
@@ -152,13 +193,7 @@ def _by_digits(
     for shift in range((64 if wide else 32) - _DIGIT, -1, -_DIGIT):
         histogram = torch.zeros(_BINS, dtype=torch.int64)
         for name, size in sizes.items():
-            for chunk in _chunks(scores[name], wide):
-                keys = _keys(chunk)
-                if prefix is not None:
-                    keys = keys[(keys >> (shift + _DIGIT)) == prefix]
-                digits = keys >> shift
-                digits = digits + _BINS // 2 if prefix is None else digits & (_BINS - 1)
-                histogram += torch.bincount(digits, minlength=_BINS).cpu() * size
+            histogram += _histogram(scores[name], prefix, shift, wide) * size
         above = histogram.flip(0).cumsum(0)
         place = int(torch.searchsorted(above, torch.tensor(keep, dtype=torch.float64)))
         place = min(place, int(torch.searchsorted(above, above[-1])))
@@ -182,10 +217,7 @@ def global_counts(scores: Scores, sizes: Mapping[str, int], keep: float) -> dict
     last, left, wide = _threshold(scores, sizes, keep)
     above, ties = {}, {}
     for name in sizes:
-        above[name] = ties[name] = 0
-        for chunk in _chunks(scores[name], wide):
-            above[name] += int(torch.count_nonzero(chunk > last))
-            ties[name] += int(torch.count_nonzero(chunk == last))
+        above[name], ties[name] = _compared(scores[name], last, wide)
     for name, size in sizes.items():
         taken = min(ties[name], max(0, round(left / size)))
         above[name] += taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -91,8 +92,10 @@ def find(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
         if parameter.ndim >= 2 and (wanted or id(parameter) in prunable):
             names.setdefault(id(parameter), []).append(name)
             shapes[id(parameter)] = tuple(parameter.shape)
+    computed = _computed(model)
     for pattern in wanted + unwanted:
-        if not any(matches(n, [pattern]) for group in names.values() for n in group):
+        held = [n for group in names.values() for n in group]
+        if not any(matches(n, [pattern]) for n in held + computed * (pattern in unwanted)):
             known = ", ".join(group[0] for group in names.values()) or "none"
             raise SiteError(f"pattern {pattern!r} matches no prunable weight; there are: {known}")
     sites = [
@@ -101,6 +104,8 @@ def find(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
         if (not wanted or any(matches(n, wanted) for n in group))
         and not any(matches(n, unwanted) for n in group)
     ]
+    meant = [n for n in computed if not wanted or matches(n, wanted)]
+    _warn_of_computed([n for n in meant if not matches(n, unwanted)])
     if not sites:
         masked = any(name.endswith("_orig") for name, _ in model.named_parameters())
         raise SiteError(
@@ -113,6 +118,28 @@ def find(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -
             )
         )
     return tuple(sites)
+
+
+def _computed(model: nn.Module) -> list[str]:
+    """Names of weights of linear and convolution layers that are no parameters of their own."""
+    return [
+        f"{name}.weight".removeprefix(".")
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Bilinear, *_CONVOLUTIONS))
+        and "weight" not in module._parameters
+    ]
+
+
+def _warn_of_computed(names: list[str]) -> None:
+    """One warning for layers that were meant but cannot be pruned."""
+    if names:
+        warnings.warn(
+            f"{', '.join(names)} cannot be pruned: computed from other parameters (weight_norm, "
+            f"parametrize, torch.nn.utils.prune). Remove that first (parametrize."
+            f"remove_parametrizations, prune.remove), or name them in exclude=",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def parameters(model: nn.Module, sites: Iterable[Site]) -> dict[str, nn.Parameter]:

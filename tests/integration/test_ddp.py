@@ -21,6 +21,8 @@ METHODS = {
     "rigl": lambda: pr.methods.rigl(0.8, 12, every=3),
     "set": lambda: pr.methods.set_(0.8, 12, every=3),
     "snip": lambda: pr.methods.snip(0.8),
+    "feedback": lambda: pr.methods.feedback(0.8, 12, every=2),
+    "surgery": lambda: pr.methods.dynamic_surgery(0.8, 12, gamma=0.1),
 }
 
 

@@ -13,13 +13,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import prunus as pr
-from prunus.errors import DisagreementError
-from prunus.training import TrainableLinear, check_topology, dynamic
+from prunus.errors import AttachError, DisagreementError
+from prunus.training import SparseWeight, TrainableLinear, check_topology, dynamic, recipes
 
 
 def make() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 7)).double()
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 4, 5)), nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(120, 30), nn.ReLU(), nn.Linear(30, 7),
+    ).double()  # fmt: skip
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +40,7 @@ def train(model: nn.Module, grow: str, rows: slice) -> list[torch.Tensor]:
         nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()
     inner = getattr(model, "module", model)
-    return [layer.dense_weight() for layer in inner if isinstance(layer, TrainableLinear)]
+    return [layer.dense_weight() for layer in inner if isinstance(layer, SparseWeight)]
 
 
 def worker(rank: int, port: int, grow: str, results) -> None:
@@ -45,8 +48,14 @@ def worker(rank: int, port: int, grow: str, results) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        model = DistributedDataParallel(pr.sparse_training(make(), 0.7))
+        model = DistributedDataParallel(
+            pr.sparse_training(make(), 0.7, allocation=pr.allocations.uniform())
+        )
         results[rank] = [w.tolist() for w in train(model, grow, slice(8 * rank, 8 * rank + 8))]
+        try:
+            dynamic(model, torch.optim.SGD(model.parameters(), 1e-2), recipes.granet(0.9, 10))
+        except AttachError as error:
+            results[f"resizes {rank}"] = str(error)
         try:
             spoiled = TrainableLinear.random(9, 9, 0.5, seed=rank)
             check_topology({"spoiled": spoiled})
@@ -67,8 +76,12 @@ def test_two_ranks_are_one_process_with_the_whole_batch(grow):
         mp.spawn(worker, args=(port, grow, results), nprocs=2)
         found = dict(results)
     assert found[0] == found[1]
+    assert len(found[0]) == 3
+    assert "fixed sizes" in found["resizes 0"]
     assert "'spoiled'" in found["error 0"]
     assert "'spoiled'" in found["error 1"]
-    alone = train(pr.sparse_training(make(), 0.7), grow, slice(0, 16))
+    alone = train(
+        pr.sparse_training(make(), 0.7, allocation=pr.allocations.uniform()), grow, slice(0, 16)
+    )
     for left, right in zip(found[0], alone, strict=True):
         torch.testing.assert_close(torch.tensor(left, dtype=torch.float64), right)

@@ -1,4 +1,4 @@
-"""A global top-k over 100 million weights needs less than 2 GiB beyond the weights."""
+"""A global top-k over 100 million weights holds one extra copy of the largest site, no more."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ print(json.dumps({
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM from /proc")
-def test_global_top_k_over_100_million_weights_fits_into_2_gib():
+def test_global_top_k_over_100_million_weights_copies_one_site_at_a_time():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=250, check=False
     )
@@ -50,6 +50,7 @@ def test_global_top_k_over_100_million_weights_fits_into_2_gib():
     assert found["weights"] >= 100_000_000
     assert abs(found["kept"] - 0.1 * found["weights"]) <= 1
     assert found["ordered"]
-    assert found["extra"] < 2 * 2**30, f"{found['extra'] / 2**30:.2f} GiB"
-    # It was 0.40 GiB when this was written; scores of all sites held at once make it 0.67.
-    assert found["extra"] < 0.55 * 2**30, f"{found['extra'] / 2**30:.2f} GiB"
+    # The masks, one copy of the scores of the largest site, and what a chunk or a sample takes. It
+    # was 260 MiB when this was written; a second copy of the largest site would make it 388.
+    masks, largest = found["weights"], 4 * 8192 * 4096
+    assert found["extra"] < masks + largest + 80 * 2**20, f"{found['extra'] / 2**20:.0f} MiB"

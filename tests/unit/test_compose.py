@@ -45,7 +45,14 @@ REFUSED = [
     ({"structure": TWO_OF_FOUR, "schedule": schedules.one_shot(0.9)}, "0.5.*leave the schedule"),
     ({"structure": TWO_OF_FOUR, "schedule": schedules.cubic(0.5, 0, 9)}, "use one_shot"),
     ({"structure": TWO_OF_FOUR, "allocation": allocations.erk()}, "use uniform"),
-    ({"structure": TWO_OF_FOUR, "schedule": CONSTANT, "grow": GROW}, "use element, block"),
+    (
+        {
+            "structure": TWO_OF_FOUR,
+            "schedule": CONSTANT,
+            "grow": growth.momentum(growth.fixed(0.1)),
+        },
+        "redistribute=False",
+    ),
     ({"allocation": allocations.global_(), "schedule": CONSTANT, "grow": GROW}, "use .*erk"),
     (
         {

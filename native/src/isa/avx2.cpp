@@ -1,6 +1,7 @@
 // AVX2 and FMA: 8 lanes.
 #include <immintrin.h>
 
+#include "bitmap.h"
 #include "kernel.h"
 
 namespace prunus {
@@ -91,6 +92,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
+#include "kernels/conv-grad-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL, DQ): 16 lanes.
+// AVX-512 (F, BW, VL, DQ): 16 lanes. avx512_vnni.cpp compiles it again with more instructions.
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operands inside its own intrinsics for mistakes (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -6,7 +6,13 @@
 #endif
 #include <immintrin.h>
 
+#include "bitmap.h"
 #include "kernel.h"
+
+#ifndef PRUNUS_TABLE
+#define PRUNUS_TABLE kernels_avx512
+#define PRUNUS_ISA_NAME "avx512"
+#endif
 
 namespace prunus {
 namespace {
@@ -97,6 +103,23 @@ inline void transpose(Vec (&b)[kLanes]) {
   }
 }
 
+// Element 4q + k of the result is the sum of b[4q + k]: half the shuffles of a transpose.
+#define PRUNUS_SUM_LANES
+inline Vec sum_lanes(Vec (&b)[kLanes]) {
+  Vec quad[4];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const Vec low = add(_mm512_shuffle_f32x4(b[k], b[4 + k], 0x44),
+                        _mm512_shuffle_f32x4(b[k], b[4 + k], 0xEE));
+    const Vec high = add(_mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0x44),
+                         _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0xEE));
+    quad[k] = add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+  }
+  const Vec even = add(_mm512_unpacklo_ps(quad[0], quad[1]), _mm512_unpackhi_ps(quad[0], quad[1]));
+  const Vec odd = add(_mm512_unpacklo_ps(quad[2], quad[3]), _mm512_unpackhi_ps(quad[2], quad[3]));
+  return add(_mm512_shuffle_ps(even, odd, 0x44), _mm512_shuffle_ps(even, odd, 0xEE));
+}
+
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
 #include "kernels/conv-inl.h"
@@ -105,12 +128,13 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
+#include "kernels/conv-grad-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace
 
-const Kernels kernels_avx512 = {
-    "avx512",
+const Kernels PRUNUS_TABLE = {
+    PRUNUS_ISA_NAME,
     kPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"

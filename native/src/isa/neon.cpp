@@ -1,6 +1,7 @@
 // NEON of 64-bit ARM: 4 lanes, part of every such processor.
 #include <arm_neon.h>
 
+#include "bitmap.h"
 #include "kernel.h"
 
 namespace prunus {
@@ -124,6 +125,7 @@ inline float total(const Partial& p) {
 #include "kernels/groups-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
+#include "kernels/conv-grad-inl.h"
 #include "kernels/table-inl.h"
 
 Kernels neon_table() {

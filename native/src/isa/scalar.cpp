@@ -1,6 +1,7 @@
 // Plain C++: runs everywhere, and is the body that a new compiler or CPU starts from.
 #include <string.h>
 
+#include "bitmap.h"
 #include "kernel.h"
 
 namespace prunus {
@@ -126,6 +127,7 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #include "kernels/groups-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
+#include "kernels/conv-grad-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace

@@ -6,6 +6,12 @@
 constexpr int64_t kAhead = 8;  // channels
 constexpr int64_t kLineFloats = 16;
 
+// With 32 registers, two panels at once: what a non-zero and a row cost beside their multiply-adds
+// is paid for half as often. Two partial sums in every width: see `accumulate`.
+constexpr int kWide = kLanes == 16 ? 2 * kMaxVectors : kMaxVectors;
+constexpr int kConvSets = kLanes == 16 ? 2 : kSets;
+constexpr int64_t kConvRows = kTileRows * kMaxVectors / kWide;  // of a tile
+
 // Where a panel holds the positions that a column reads: `offsets` from the group's first channel.
 struct Shifted {
   const float* panel;  // of the first group it holds
@@ -13,6 +19,7 @@ struct Shifted {
   int64_t first_group, group_rows, group_floats;
 
   const float* row(uint16_t column) const { return panel + offsets[column]; }
+  const float* operator()(uint16_t column) const { return row(column); }
 
   Shifted part(const Weight& w, uint32_t b, int64_t row) const {
     // No division where there is one group.
@@ -116,6 +123,80 @@ inline void fill_channel(const Conv& c, const float* x, const Run* run, const Ru
   }
 }
 
+// Where the chunks of columns begin in each row: rows of `chunks` + 1 places.
+struct Cuts {
+  const uint32_t* places;
+  int64_t chunks;
+
+  const uint32_t* row(int64_t row) const { return places + row * (chunks + 1); }
+};
+
+inline void fill_cuts(const Weight& w, int64_t chunk, int64_t chunks, uint32_t* cuts) {
+  for (int64_t row = 0; row < w.rows; ++row) {
+    uint32_t at = w.offsets[row];
+    const uint32_t end = w.offsets[row + 1];
+    for (int64_t k = 0; k < chunks; ++k) {
+      while (k > 0 && at < end && w.columns[at] < k * chunk) ++at;
+      *cuts++ = at;
+    }
+    *cuts++ = end;
+  }
+}
+
+// acc[v] += sum of values[i] * panel row columns[i], as `accumulate`, of kConvSets partial sums.
+template <int V>
+inline void add_run(const Weight& w, const Shifted& source, uint32_t i, uint32_t end,
+                    Vec (&acc)[V]) {
+  Vec sums[kConvSets][V];
+#pragma GCC unroll 16
+  for (int s = 0; s < kConvSets; ++s)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sums[s][v] = s == 0 ? acc[v] : zero();
+  for (; i + kConvSets <= end; i += kConvSets) {
+#pragma GCC unroll 16
+    for (int s = 0; s < kConvSets; ++s) {
+      const Vec weight = broadcast(w.values[i + s]);
+      const float* from = source.row(w.columns[i + s]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[s][v] = fma(weight, load(from + v * kLanes), sums[s][v]);
+    }
+  }
+  for (; i < end; ++i) {
+    const Vec weight = broadcast(w.values[i]);
+    const float* from = source.row(w.columns[i]);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sums[0][v] = fma(weight, load(from + v * kLanes), sums[0][v]);
+  }
+#pragma GCC unroll 16
+  for (int step = kConvSets / 2; step > 0; step /= 2)
+#pragma GCC unroll 16
+    for (int s = 0; s < step; ++s)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[s][v] = add(sums[s][v], sums[s + step][v]);
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) acc[v] = sums[0][v];
+}
+
+// tile[row - begin] = W[row] * source for rows [begin, end): chunk by chunk, or block by block.
+template <int V>
+inline void conv_multiply(const Weight& w, const Shifted& source, const Cuts& cuts, int64_t begin,
+                          int64_t end, float* tile) {
+  const int64_t passes = cuts.places ? cuts.chunks : w.blocks;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* out = tile + (row - begin) * V * kLanes;
+      const uint32_t b = cuts.places ? 0 : static_cast<uint32_t>(pass);
+      const uint32_t* places = cuts.places ? cuts.row(row) + pass : w.offsets + b * w.rows + row;
+      Vec acc[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[v] = pass == 0 ? zero() : load(out + v * kLanes);
+      add_run<V>(w, source.part(w, b, row), places[0], places[1], acc);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) store(out + v * kLanes, acc[v]);
+    }
+  }
+}
+
 // Asks for the runs of a channel that is filled later: they are too short for the hardware to see
 // them coming. Always inline: GCC 12 drops calls that only prefetch.
 __attribute__((always_inline)) inline void fetch_channel(const Conv& c, const float* x,
@@ -157,17 +238,36 @@ inline void scatter_pixels(const Task& task, const Run* runs, const Run* end, in
 
 // Rows [begin, end) of the positions from `first` on; `panel` holds their input.
 template <int V>
-inline void conv_rows(const Task& task, const Shifted& source, int64_t first, int64_t begin,
-                      int64_t end, float* tile, Run* runs) {
+inline void conv_rows(const Task& task, const Shifted& source, const Cuts& cuts, int64_t first,
+                      int64_t begin, int64_t end, float* tile, Run* runs) {
   const int64_t count = smaller(V * kLanes, task.n - first);
   const Run* last = list_outputs(*task.conv, task.w.rows, first, count, runs);
   if (task.residual) fetch_residual(task, runs, last, begin, end);
-  multiply<V>(task.w, source, begin, end, tile);
+  conv_multiply<V>(task.w, source, cuts, begin, end, tile);
   scatter_pixels<V>(task, runs, last, begin, end, tile);
 }
 
+// Fills `count` positions from `first` on with the input of some groups, from the first on; returns
+// the end of its list of runs.
+inline Run* fill_panel(const Task& task, int64_t first, int64_t count, int64_t first_group,
+                       int64_t last_group, Run* inputs) {
+  const Conv& c = *task.conv;
+  const int64_t group_channels = c.channels / c.groups, stride = conv_copies(c) * c.length;
+  const int64_t reach = c.down.shift * c.across.extent + c.across.shift;
+  Run* end = list_inputs(c, first, count + reach, inputs);
+  const int64_t until = (last_group + 1) * group_channels;
+  for (int64_t i = first_group * group_channels; i < until; ++i) {
+    if (c.far && i + kAhead < until)
+      fetch_channel(c, task.x + (i + kAhead) * task.ldx, inputs, end);
+    fill_channel(c, task.x + i * task.ldx, inputs, end,
+                 task.workspace + (i - first_group * group_channels) * stride);
+  }
+  return end;
+}
+
 // The panels number `index` * panels and following, rows [begin, end).
-inline void conv_panels(const Task& task, int64_t index, int64_t begin, int64_t end) {
+inline void conv_panels(const Task& task, const Cuts& cuts, int64_t index, int64_t begin,
+                        int64_t end) {
   const Conv& c = *task.conv;
   const int64_t first = index * c.panels * kPanel, group_rows = task.w.rows / c.groups;
   const int64_t group_channels = c.channels / c.groups, stride = conv_copies(c) * c.length;
@@ -175,41 +275,48 @@ inline void conv_panels(const Task& task, int64_t index, int64_t begin, int64_t 
   float* tile = panel + conv_panel_floats(c);
   Run* inputs = reinterpret_cast<Run*>(tile + conv_tile_floats(kPanel));
   const int64_t count = smaller(c.panels, (task.n - first + kPanel - 1) / kPanel) * kPanel;
-  Run* outputs =
-      list_inputs(c, first, count + c.down.shift * c.across.extent + c.across.shift, inputs);
-  const int64_t first_group = begin / group_rows, last_group = (end - 1) / group_rows;
-  const int64_t until = (last_group + 1) * group_channels;
-  for (int64_t i = first_group * group_channels; i < until; ++i) {
-    if (c.far && i + kAhead < until)
-      fetch_channel(c, task.x + (i + kAhead) * task.ldx, inputs, outputs);
-    fill_channel(c, task.x + i * task.ldx, inputs, outputs,
-                 panel + (i - first_group * group_channels) * stride);
-  }
+  const int64_t first_group = begin / group_rows;
+  Run* outputs = fill_panel(task, first, count, first_group, (end - 1) / group_rows, inputs);
   const auto* offsets = reinterpret_cast<const int32_t*>(
       tile + conv_tile_floats(kPanel) + conv_runs_floats(c, kPanel));
-  for (int64_t row = begin; row < end; row += kTileRows) {
-    const int64_t stop = smaller(row + kTileRows, end);
-    for (int64_t at = 0; at < count; at += kPanel) {
+  for (int64_t row = begin; row < end; row += kConvRows) {
+    const int64_t stop = smaller(row + kConvRows, end);
+    for (int64_t at = 0, step = 0; at < count; at += step) {
       const Shifted source{panel + at, offsets, first_group, group_rows, group_channels * stride};
-      const int64_t left = smaller(kPanel, task.n - first - at);
-      switch ((left + kLanes - 1) / kLanes) {
-        case 1: conv_rows<1>(task, source, first + at, row, stop, tile, outputs); break;
-        case 2: conv_rows<2>(task, source, first + at, row, stop, tile, outputs); break;
-        case 3: conv_rows<3>(task, source, first + at, row, stop, tile, outputs); break;
-        default: conv_rows<4>(task, source, first + at, row, stop, tile, outputs); break;
+      const int64_t left = smaller(count - at, task.n - first - at);
+      step = left > kPanel && count - at >= kWide * kLanes ? kWide * kLanes : kPanel;
+      if (step > kPanel) {
+        conv_rows<kWide>(task, source, cuts, first + at, row, stop, tile, outputs);
+        continue;
+      }
+      switch ((smaller(left, kPanel) + kLanes - 1) / kLanes) {
+        case 1: conv_rows<1>(task, source, cuts, first + at, row, stop, tile, outputs); break;
+        case 2: conv_rows<2>(task, source, cuts, first + at, row, stop, tile, outputs); break;
+        case 3: conv_rows<3>(task, source, cuts, first + at, row, stop, tile, outputs); break;
+        default: conv_rows<4>(task, source, cuts, first + at, row, stop, tile, outputs); break;
       }
     }
   }
 }
 
+// Fills the offsets of the columns, and behind them the cuts if there are several chunks.
+inline Cuts prepare_columns(const Task& task, int32_t* offsets) {
+  const Weight& w = task.w;
+  fill_offsets(*task.conv, offsets);
+  auto* places = reinterpret_cast<uint32_t*>(offsets + (w.cols + 15) / 16 * 16);
+  const int64_t chunk = conv_chunk(w, *task.conv, kPanel), chunks = conv_chunks(w, chunk);
+  if (chunks > 1) fill_cuts(w, chunk, chunks, places);
+  return {chunks > 1 ? places : nullptr, chunks};
+}
+
 void conv(const Task& task) {
   const Conv& c = *task.conv;
-  fill_offsets(c, reinterpret_cast<int32_t*>(task.workspace + conv_panel_floats(c) +
-                                             conv_tile_floats(kPanel) +
-                                             conv_runs_floats(c, kPanel)));
+  const Cuts cuts = prepare_columns(
+      task, reinterpret_cast<int32_t*>(task.workspace + conv_panel_floats(c) +
+                                       conv_tile_floats(kPanel) + conv_runs_floats(c, kPanel)));
   for (int64_t p = task.begin_panel; p <= task.end_panel; ++p) {
     const int64_t begin = p == task.begin_panel ? task.begin_row : 0;
     const int64_t end = p == task.end_panel ? task.end_row : task.w.rows;
-    if (begin < end) conv_panels(task, p, begin, end);
+    if (begin < end) conv_panels(task, cuts, p, begin, end);
   }
 }

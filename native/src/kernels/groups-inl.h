@@ -2,7 +2,7 @@
 // weights without zeros. Included after conv-inl.h. A unit of work is a band of the positions of
 // one image, for one group; conv.h describes positions.
 
-constexpr int kWide = 2 * kMaxVectors;
+constexpr int kLineVectors = 2 * kMaxVectors;
 
 // Rows of a full weight whose outputs share each load of the input; as registers allow.
 constexpr int kSharing = kLanes == 8 ? 2 : 4;
@@ -59,8 +59,8 @@ inline void sparse_row(const Weight& w, int64_t row, const int32_t* offsets, con
 inline void sparse_line(const Weight& w, int64_t row, const int32_t* offsets, const float* panel,
                         int64_t count, float* out) {
   int64_t at = 0;
-  for (; at + kWide * kLanes <= count; at += kWide * kLanes)
-    sparse_row<kWide>(w, row, offsets, panel + at, out + at);
+  for (; at + kLineVectors * kLanes <= count; at += kLineVectors * kLanes)
+    sparse_row<kLineVectors>(w, row, offsets, panel + at, out + at);
   if (at < count) sparse_row<kMaxVectors>(w, row, offsets, panel + at, out + at);
 }
 

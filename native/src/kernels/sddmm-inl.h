@@ -8,21 +8,27 @@ constexpr int kShortPanel = 4;
 // Columns of X in a panel: 512 KiB of a long panel stay within the second-level cache.
 constexpr int64_t kPanelColumns = 1024;
 
-// Where the column of X that belongs to a column of the pattern begins: in a panel, or in place.
+// Where the column of X that belongs to a column of the pattern begins.
 struct InPanel {
   const float* panel;
   int64_t origin, stride;
   const float* operator()(uint16_t column) const { return panel + (column - origin) * stride; }
 };
 
-struct InPlace {
-  const float* x;
-  const int64_t* places;
-  const float* operator()(uint16_t column) const { return x + places[column]; }
-};
+#ifndef PRUNUS_SUM_LANES
+// The sum of each vector's lanes.
+inline Vec sum_lanes(Vec (&block)[kLanes]) {
+  transpose(block);
+#pragma GCC unroll 16
+  for (int step = kLanes / 2; step > 0; step /= 2)
+#pragma GCC unroll 16
+    for (int j = 0; j < step; ++j) block[j] = add(block[j], block[j + step]);
+  return block[0];
+}
+#endif
 
-// out[i] (+)= <g, from(columns[i])>, i in [begin, end): kLanes products side by side, then one
-// register transpose adds up their lanes. In the tail the last column fills up groups of four.
+// out[i] (+)= <g, from(columns[i])>, i in [begin, end): kLanes products side by side, whose
+// lanes are then added up together. In the tail the last column fills up groups of four.
 template <int V, class From>
 inline void dots(const float* g, const From& from, const uint16_t* columns, uint32_t begin,
                  uint32_t end, bool add_to, float* out) {
@@ -49,13 +55,8 @@ inline void dots(const float* g, const From& from, const uint16_t* columns, uint
         for (int j = group; j < group + kGroup; ++j) block[j] = zero();
       }
     }
-    transpose(block);
-#pragma GCC unroll 16
-    for (int step = kLanes / 2; step > 0; step /= 2)
-#pragma GCC unroll 16
-      for (int j = 0; j < step; ++j) block[j] = add(block[j], block[j + step]);
-    if (add_to) block[0] = add(load_n(out + i, count), block[0]);
-    store_n(out + i, block[0], count);
+    const Vec sums = sum_lanes(block);
+    store_n(out + i, add_to ? add(load_n(out + i, count), sums) : sums, count);
   }
 }
 
@@ -114,19 +115,6 @@ inline void sddmm_rows(const Task& task) {
   }
 }
 
-// As sddmm_rows, of planes that are read where they lie: column k of the pattern begins at
-// x + places[k]. n is a multiple of kLongestSum, and there is one block.
-template <int V>
-inline void sddmm_in_place(const Task& task) {
-  for (int64_t first = 0; first < task.n; first += V * kLanes) {
-    const bool add_to = first > 0 || (task.flags & kAccumulate);
-    const InPlace from{task.x + first, task.places};
-    for (int64_t r = task.begin_row; r < task.end_row; ++r)
-      dots<V>(task.g + r * task.ldg + first, from, task.w.columns, task.w.offsets[r],
-              task.w.offsets[r + 1], add_to, task.y);
-  }
-}
-
 struct TokenRows : Tokens {
   static int64_t row_step(int64_t) { return 1; }
 };
@@ -145,11 +133,4 @@ inline void sddmm(const Task& task) {
 }
 
 void sddmm_tokens_f32(const Task& task) { sddmm<TokenRows>(task); }
-void sddmm_planes_f32(const Task& task) {
-  static_assert(kLongestSum % (kLongPanel * kLanes) == 0, "whole panels");
-  if (task.places != nullptr) {
-    sddmm_in_place<kLongPanel>(task);
-  } else {
-    sddmm<PlaneRows>(task);
-  }
-}
+void sddmm_planes_f32(const Task& task) { sddmm<PlaneRows>(task); }

@@ -6,3 +6,14 @@ void spmv_f32(const Task& task) { spmv(task); }
 void conv_f32(const Task& task) { conv(task); }
 void depthwise_f32(const Task& task) { depthwise(task); }
 void conv_groups_f32(const Task& task) { conv_groups(task); }
+void conv_grad_f32(const Task& task) { conv_grad(task); }
+
+#include "bitmap-inl.h"
+#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#include "bitmap-vnni-inl.h"
+#else
+void bitmap_i8(const Task& task) { multiply_bitmap<int8_t>(task); }
+#endif
+
+void bitmap_f32(const Task& task) { multiply_bitmap<float>(task); }
+void bitmap_bf16(const Task& task) { multiply_bitmap<uint16_t>(task); }

@@ -34,16 +34,16 @@ def threshold(values: float | Mapping[str, float]) -> Allocation:
             found[site.name] = int(torch.count_nonzero(units < limit)) / max(1, units.numel())
         return found
 
-    return Allocation(f"threshold({values})", share, compares=True, measure="threshold")
+    return Allocation(f"threshold({values})", share, True, measure="threshold", total=None)
 
 
 def by_flops(base: Allocation, flops: Mapping[str, float]) -> Allocation:
     """Remove a fraction of the FLOPs: `base` shares out the weights that this takes.
 
-    flops: site (name, prefix or pattern) -> FLOPs of one weight per example, e.g. twice the output
-    positions of a convolution, 2 for a linear layer. For b FLOPs in all ask for the sparsity
-    1 - b / dense FLOPs. The sparsity that `base` gets is found by bisection. Raises TargetError
-    naming the shares at which `base` ends.
+    flops: site (name, prefix or pattern) -> FLOPs of one weight, e.g. per example twice the output
+    positions of a convolution, 2 for a linear layer; pr.flops_table counts them. For b FLOPs in all
+    ask for the sparsity 1 - b / dense FLOPs, or use `budget`. The sparsity that `base` gets is
+    found by bisection. Raises TargetError naming the shares at which `base` ends.
     """
 
     def cost(site: Site, removed: float) -> float:
@@ -60,8 +60,8 @@ def by_bytes(
     bits: of a value; size(shape, nonzeros) -> bytes of a site as stored, e.g. that of a format:
     lambda shape, n: prunus.formats.FORMATS["csr"].size(shape, n, 32). By default the smaller of
     dense and bitmap, which adds one bit for every element. For b bytes in all ask for the sparsity
-    1 - b / dense bytes. The sparsity that `base` gets is found by bisection. Raises TargetError
-    where the index leaves no such size.
+    1 - b / dense bytes, or use `budget`. The sparsity that `base` gets is found by bisection.
+    Raises TargetError where the index leaves no such size.
     """
     if bits < 1:
         raise ValueRangeError(f"a value has at least 1 bit, got {bits}")
@@ -121,7 +121,10 @@ def _by_cost(
             )
         return found
 
-    return Allocation(f"{name}({base.name})", share, base.compares, measure=measure)
+    def whole(sites: Sequence[Site]) -> float:
+        return sum(dense(site) for site in sites)
+
+    return Allocation(f"{name}({base.name})", share, base.compares, measure=measure, total=whole)
 
 
 def by_latency(
@@ -131,9 +134,10 @@ def by_latency(
 
     times, losses: site (name, prefix or pattern) -> {sparsity: milliseconds} and {sparsity: loss}
     on the same levels, of which the lowest counts as dense. The schedule's sparsity is the fraction
-    of the dense time that is removed: for b milliseconds ask for 1 - b / dense milliseconds. A
-    dynamic programme over the totals that no other total beats, exact up to 20,000 of them. Raises
-    TargetError naming the sites at their fastest level.
+    of the dense time that is removed: for b milliseconds ask for 1 - b / dense milliseconds, or use
+    `budget`. pr.latency_table measures times, pr.sensitivity losses. A dynamic programme over the
+    totals that no other total beats, exact up to 20,000 of them. Raises TargetError naming the
+    sites at their fastest level.
     Source: Frantar & Alistarh 2022, arXiv 2201.13096 (SPDY).
     """
     for name, table in times.items():
@@ -158,7 +162,11 @@ def by_latency(
             )
         return chosen
 
-    return Allocation("by_latency", share, measure="milliseconds")
+    def whole(sites: Sequence[Site]) -> float:
+        own = [table_of(times, site, "times") for site in sites]
+        return sum(table[min(table)] for table in own)
+
+    return Allocation("by_latency", share, measure="milliseconds", total=whole)
 
 
 def _finite(value: float) -> bool:

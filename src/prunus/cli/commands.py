@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from prunus import allocations, formats, growth, methods, schedules, scores, solvers, structures
+from prunus import (
+    allocations,
+    formats,
+    growth,
+    methods,
+    schedules,
+    scores,
+    search,
+    solvers,
+    structures,
+)
 from prunus.cli import demo as demo_
 from prunus.cli import experiment, present
 from prunus.cli.experiment import Experiment
@@ -30,6 +40,7 @@ SLOTS = {
     "schedules": schedules,
     "growth": growth,
     "solvers": solvers,
+    "search": search,
 }
 
 

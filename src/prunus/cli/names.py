@@ -9,29 +9,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 from prunus import allocations, methods, structures
 from prunus.core import Allocation, Sparsifier, Structure, check_sparsity
 from prunus.errors import RecipeError
-
-FROM_INITIALISATION = frozenset(
-    {
-        "deep_rewiring",
-        "dynamic_reparameterization",
-        "expander",
-        "force",
-        "granet",
-        "grasp",
-        "iterative_snip",
-        "itop",
-        "mest",
-        "nest",
-        "random_pruning",
-        "rigl",
-        "set_",
-        "snip",
-        "sparse_momentum",
-        "synflow",
-        "top_kast",
-    }
-)
-"""Methods whose papers start from initialisation; the others prune a trained network."""
+from prunus.methods.origin import starts_at_initialisation
 
 _PARTS = {Structure: ("structure", structures), Allocation: ("allocation", allocations)}
 _PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -53,6 +31,11 @@ def _is_plain(method: Any) -> bool:
     needed = [k for k, p in inspect.signature(method).parameters.items() if p.default is p.empty]
     hints = get_type_hints(method)
     return all(hints.get(key) in _PLAIN for key in needed)
+
+
+def from_initialisation(name: str) -> bool:
+    """Tell whether a method's paper starts from initialisation, and not from a trained network."""
+    return starts_at_initialisation(find_method(name))
 
 
 def find_method(name: Any) -> Callable[..., Sparsifier]:

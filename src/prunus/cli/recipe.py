@@ -141,7 +141,7 @@ class _Reader:
             ),
             seeds=range(seeds) if _is_int(seeds) else tuple(seeds),
             trained=start == "trained"
-            or (start is None and method_name not in names.FROM_INITIALISATION),
+            or (start is None and not names.from_initialisation(method_name)),
             include=self.patterns(sites, "include"),
             exclude=self.patterns(sites, "exclude"),
             sweep=tuple(self.value("sweep", [], _SWEEP)),

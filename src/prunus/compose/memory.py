@@ -79,7 +79,7 @@ def adapted(
     best = state.statistics.get(_SCHEDULE, {}).get("best")
     lowest = signals.loss if best is None else min(signals.loss, float(best))
     held = {"best": torch.tensor(lowest, dtype=torch.float64)}
-    off = sum(int((~mask).sum()) for mask in state.masks.values())
+    off = sum(int((~mask).count_nonzero()) for mask in state.masks.values())
     target = schedule.adapt(off / max(1, sum(s.size for s in sites)), signals.loss, lowest)
     return replace(state, statistics={**state.statistics, _SCHEDULE: held}), target
 

@@ -46,9 +46,11 @@ REFUSALS: tuple[tuple[Callable[[Slots], bool], str], ...] = (
         "use uniform, and exclude sites that should stay dense",
     ),
     (
-        lambda s: s.structure.pinned is not None and s.grow is not None,
-        "{structure} fixes the count of every group, and growth {grow} moves units across a whole "
-        "site; use element, block or channel",
+        lambda s: (
+            s.structure.pinned is not None and s.grow is not None and s.grow.share is not None
+        ),
+        "{structure} fixes the count of every group, and growth {grow} moves weights between "
+        "sites; use redistribute=False, or element, block or channel",
     ),
     (
         lambda s: s.grow is not None and s.allocation.compares and not s.schedule.gradual,

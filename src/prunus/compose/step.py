@@ -12,6 +12,7 @@ from prunus import select
 from prunus.compose.memory import adapted, at_site, reserved
 from prunus.compose.redistribute import redistributed
 from prunus.compose.slots import Slots
+from prunus.compose.within import exchange
 from prunus.core import Context, Growth, Score, Signals, Site, State, Structure, Update, Weights
 from prunus.errors import CompositionError, ShapeError, TargetError
 from prunus.kinds import RESERVE, VALIDATION_LOSS
@@ -195,7 +196,7 @@ def _grain(layout: tuple[int, int, int]) -> int:
 
 def _kept(site: Site, state: State) -> int:
     mask = state.masks.get(site.name)
-    return site.size if mask is None else int(mask.sum())
+    return site.size if mask is None else int(mask.count_nonzero())
 
 
 def _units_kept(slots: Slots, at: Context, layout: tuple[int, int, int]) -> int:
@@ -259,10 +260,14 @@ def _move(
     kept, free = int(on.sum(1).min()), int((~on).sum(1).min())  # of each row
     keep = min(k - min(int(grow.turnover(step) * k + 1e-6), free, k), kept)
     keep = max(keep, k - free) if stay_count is None else stay_count
-    stay = select.keep_top(_off_last(scores, ~on), keep)
     values = select.check_scores(grow.value(w, at), at.site.name)
     ranking = structure.reduce(turned(at.site, values))
-    added = select.keep_top(_off_last(ranking, on), k - keep)
+    if structure.pinned is None:
+        stay = select.keep_top(_off_last(scores, ~on), keep)
+        added = select.keep_top(_off_last(ranking, on), k - keep)
+    else:
+        after = exchange(on, scores, ranking, grow.turnover(step))
+        stay, added = after & on, after & ~on
     new = None
     if grow.fill is not None:
         new = torch.where(turned(at.site, structure.expand(added, shape)), grow.fill(w, at), w)
@@ -277,14 +282,12 @@ def _check_reached(
 ) -> None:
     """Raise TargetError if the kept weights miss the target by more than one unit."""
     total = sum(site.size for site in sites)
-    kept = sum(int(masks[s.name].sum()) if s.name in masks else s.size for s in sites)
+    kept = sum(int(masks[s.name].count_nonzero()) if s.name in masks else s.size for s in sites)
     wanted = (1.0 - sparsity) * total
     grain = max(_grain(layouts[site.name]) for site in sites)
     if abs(kept - wanted) > grain * (1 + 1e-6):
-        offs = ", ".join(
-            f"{s.name} {(1 - int(masks[s.name].sum()) / s.size if s.name in masks else 0.0):.4f}"
-            for s in sites
-        )
+        left = {s.name: int(masks[s.name].count_nonzero()) for s in sites if s.name in masks}
+        offs = ", ".join(f"{s.name} {1 - left.get(s.name, s.size) / s.size:.4f}" for s in sites)
         raise TargetError(
             f"asked for a sparsity of {sparsity:.6g}, reached {1 - kept / max(1, total):.6g} "
             f"(one unit is {grain} of {total} weights); sites: {offs}"

@@ -24,7 +24,7 @@ from prunus.drive.registry import (
     real_optimizer,
     trained_sites,
 )
-from prunus.drive.reserve import hide, recall
+from prunus.drive.reserve import hide, recall, reset_moments, stale
 from prunus.drive.rewrite import write
 from prunus.drive.signals import Sources, collect
 from prunus.errors import AttachError, SignalError
@@ -134,12 +134,12 @@ class Attached:
     def sparsity(self) -> float:
         """Fraction of all weights of the sites that is off now."""
         total = sum(site.size for site in self.sites)
-        return sum(int(off.sum()) for off in self._off.values()) / max(1, total)
+        return sum(int(off.count_nonzero()) for off in self._off.values()) / max(1, total)
 
     def site_sparsity(self) -> dict[str, float]:
         """Return the fraction that is off, for every site."""
         return {
-            s.name: int(self._off[s.name].sum()) / s.size if s.name in self._off else 0.0
+            s.name: int(self._off[s.name].count_nonzero()) / s.size if s.name in self._off else 0.0
             for s in self.sites
         }
 
@@ -358,7 +358,8 @@ class Attached:
             none = torch.zeros((), dtype=torch.bool, device=parameter.device)
             changed = (none if old is None else old) ^ (none if new is None else new)
             trained = state.trained.get(site.name)
-            self._reset_moments(parameter, changed if trained is None else ~trained)
+            was_trained = site.name in self.state.trained
+            reset_moments(self.optimizer, parameter, stale(changed, new, trained, was_trained))
             if site.name not in rewritten:
                 parameter.masked_fill_(changed, 0)
                 if parameter.grad is not None:
@@ -366,22 +367,17 @@ class Attached:
         self.state = state
         self.enforce()
 
-    def _reset_moments(self, parameter: nn.Parameter, where: Tensor) -> None:
-        for value in self.optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.masked_fill_(where.to(value.device), 0)
-
     # --- checkpoints --------------------------------------------------------------------------
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict["param_groups"][0][KEY] = to_blob(self.state)
+        state_dict["param_groups"][0][KEY] = to_blob(self.state, repr(self.sparsifier))
 
     def _load(self, optimizer: Optimizer) -> None:
         blob = optimizer.param_groups[0].pop(KEY, None)
         self._restore(to_blob(self.state) if blob is None else blob)
 
     def _restore(self, blob: dict[str, Any]) -> None:
-        state = from_blob(blob, self.sites)
+        state = from_blob(blob, self.sites, repr(self.sparsifier))
         if not same_method(state, self.state):
             raise AttachError(
                 f"the checkpoint was made with another combination of methods than "
@@ -394,6 +390,6 @@ class Attached:
                 off = ~mask.to(parameter.device)
                 self._off[name] = off
                 trained = state.trained.get(name)
-                self._reset_moments(parameter, off if trained is None else ~trained)
+                reset_moments(self.optimizer, parameter, off if trained is None else ~trained)
         self.state = state
         self.enforce()

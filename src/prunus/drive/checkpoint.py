@@ -16,10 +16,14 @@ KEY = "prunus"
 VERSION = 1
 
 
-def to_blob(state: State) -> dict[str, Any]:
-    """Turn a state into dicts, numbers and tensors; masks become packed bits (n / 8 bytes)."""
+def to_blob(state: State, method: str = "") -> dict[str, Any]:
+    """Turn a state into dicts, numbers and tensors; masks become packed bits (n / 8 bytes).
+
+    method: the name of the sparsifier, which `from_blob` compares.
+    """
     return {
         "version": VERSION,
+        "method": method,
         "seed": state.seed,
         "step": state.step,
         "round": state.round,
@@ -34,20 +38,40 @@ def to_blob(state: State) -> dict[str, Any]:
     }
 
 
-def from_blob(blob: Mapping[str, Any], sites: Sequence[Site]) -> State:
-    """Rebuild a state; raises AttachError if it is malformed or does not fit these sites."""
+def from_blob(blob: Mapping[str, Any], sites: Sequence[Site], method: str = "") -> State:
+    """Rebuild a state; raises AttachError if it is malformed or does not fit sites and method."""
     version = blob.get("version") if isinstance(blob, Mapping) else None
     if version != VERSION:
         raise AttachError(
             f"the checkpoint's sparsity state has version {version!r}; "
             f"this prunus reads version {VERSION}"
         )
+    _expect_method(str(blob.get("method", "")), method)
     try:
         return _state(blob, sites)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AttachError(
             f"the checkpoint's sparsity state is damaged: {type(error).__name__} {error}"
         ) from error
+
+
+def _expect_method(held: str, method: str) -> None:
+    """AttachError if a checkpoint was made with another method; its arguments may differ.
+
+    A checkpoint that names none is taken.
+    """
+    if held and method and _function(held) != _function(method):
+        raise AttachError(
+            f"the checkpoint was made with another method or combination of methods, {held}, than "
+            f"{method}: attach that one, or delete param_groups[0][{KEY!r}] from the optimizer's "
+            f"state dict to begin anew from the loaded weights"
+        )
+
+
+def _function(method: str) -> str:
+    """The name without its arguments; for a composition these are what it is made of."""
+    name = method.partition("(")[0]
+    return method if name == "compose" else name
 
 
 def same_method(state: State, other: State) -> bool:

@@ -1,4 +1,4 @@
-"""Weights that are off in the forward pass and trained all the same."""
+"""Weights that are off in the forward pass and trained all the same; moments that go stale."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from prunus.core import State
 from prunus.kinds import RESERVE
@@ -34,3 +35,18 @@ def hide(parameters: Mapping[str, nn.Parameter], state: State) -> State:
         reserve[name] = torch.where(trained, parameter.detach(), old) * off
         parameter.masked_fill_(off, 0)
     return replace(state, statistics={**state.statistics, RESERVE: reserve})
+
+
+def stale(changed: Tensor, off: Tensor | None, trained: Tensor | None, was_trained: bool) -> Tensor:
+    """Tell where moments no longer hold: what was dropped or grown, or is not trained any more."""
+    if trained is not None:
+        return ~trained.to(changed.device)
+    return off if was_trained and off is not None else changed
+
+
+@torch.no_grad()
+def reset_moments(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
+    """Zero what an optimizer remembers of the elements of a parameter."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.masked_fill_(where.to(value.device), 0)

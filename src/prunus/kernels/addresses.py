@@ -9,7 +9,7 @@ import numpy as np
 
 from prunus.errors import ShapeError, ValueRangeError
 from prunus.kernels import blob as blobs
-from prunus.kernels import reference
+from prunus.kernels import header, reference
 from prunus.kernels.geometry import Geometry
 
 _NAMES = {flag: name for name, flag in reference.ACTIVATIONS.items()}
@@ -115,10 +115,8 @@ def _activation(flags: int) -> str:
 def _blob_at(address: int, n: int, threads: int) -> np.ndarray:
     if n < 0 or threads < 1:
         raise ValueRangeError(f"n = {n} and threads = {threads}: n >= 0 and threads >= 1 needed")
-    head = _bytes_at(address, 64)
-    rows, _, nnz = (int(v) for v in head[8:32].view("<u8"))
-    blocks = int(head[36:40].view("<u4")[0])
-    return _bytes_at(address, blobs.blob_bytes(rows, blocks, nnz))
+    head, _ = header.read(_bytes_at(address, header.HEADER.size))
+    return _bytes_at(address, blobs.blob_bytes(head))
 
 
 def _bytes_at(address: int, count: int) -> np.ndarray:

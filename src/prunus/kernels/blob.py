@@ -3,12 +3,12 @@
 Layout (little-endian): a 64-byte header, then three sections, each aligned to 64 bytes:
 row offsets uint32 [blocks·rows + 1], columns uint16 [nnz], values float32 [nnz]. The columns of
 the weight are cut into blocks of `block` columns; non-zeros are ordered by (block, row, column),
-and a stored column counts from the start of its block.
+and a stored column counts from the start of its block. Bitmap blobs have a layout of their own: see
+`bitmap`.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,30 +18,17 @@ from prunus.formats import FORMATS, Packed
 from prunus.formats.csr import MAX_NONZEROS, check_compressed
 from prunus.formats.packed import matrix_shape
 from prunus.formats.table import check
+from prunus.kernels import bitmap, header
+from prunus.kernels.header import MAX_SIDE, BlobInfo
+from prunus.kernels.header import align as _align
 
-MAGIC = b"PRBK"
-VERSION = 1
-CSR_F32 = 1
-MAX_SIDE = (1 << 31) - 1
+MAGIC = header.MAGIC
+VERSION = header.VERSION
+CSR_F32 = header.NUMBERS["csr_f32"]
 MAX_BLOCK = 1 << 16
 # Measured on Zen 5 with 1024 to 2048 columns: blocks of 256 to 512 columns gain a tenth at 90%
 # sparsity and 64 or more columns of X, lose at 95%, and cost a matrix-vector product a sixth.
 DEFAULT_BLOCK = MAX_BLOCK
-_HEADER = struct.Struct("<4sHHQQQIIQQQ")
-
-
-@dataclass(frozen=True)
-class BlobInfo:
-    """What a blob's header says; `block` is the number of columns per block."""
-
-    kind: str
-    version: int
-    rows: int
-    cols: int
-    nnz: int
-    block: int
-    blocks: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -61,12 +48,15 @@ class Sections:
         return rows, self.columns + (segments // max(info.rows, 1)) * info.block
 
 
-def pack(weight: Packed | np.ndarray, block: int | None = None) -> np.ndarray:
+def pack(
+    weight: Packed | np.ndarray, block: int | None = None, kind: str = "csr_f32"
+) -> np.ndarray:
     """Pack a weight [rows, ...] (its 2-d view [rows, -1]) into a blob, 64-byte aligned uint8.
 
     weight: float32, or float16 and bfloat16 (Packed), which widen exactly. block: columns per
-    block, 1 to 65536; None is the fastest on average. Raises ShapeError, ValueRangeError and
-    FormatError.
+    block of csr_f32, 1 to 65536; None is the fastest on average. kind: csr_f32, bitmap_f32,
+    bitmap_bf16 or bitmap_i8 (one scale per row); the last two round. Raises ShapeError,
+    ValueRangeError and FormatError.
     """
     if isinstance(weight, Packed):
         shape, rows, columns, values = _from_packed(weight)
@@ -77,7 +67,14 @@ def pack(weight: Packed | np.ndarray, block: int | None = None) -> np.ndarray:
         matrix = _widen(weight, weight.dtype.name).reshape(shape)
         rows, columns = np.nonzero(matrix)
         values = matrix[rows, columns]
-    return assemble(shape, rows, columns, values, block)
+    if kind == "csr_f32":
+        return assemble(shape, rows, columns, values, block)
+    if kind not in bitmap.STORAGE or block is not None:
+        known = ", ".join(header.NUMBERS)
+        raise ValueRangeError(f"kind {kind!r} with block={block}; kinds: {known}, blocks: csr_f32")
+    matrix = np.zeros(shape, np.float32)
+    matrix[rows, columns] = values
+    return bitmap.pack(matrix, kind)
 
 
 def _from_packed(weight: Packed) -> tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray]:
@@ -123,7 +120,7 @@ def assemble(
         order = np.argsort(segments, kind="stable")
         segments, columns, values = segments[order], columns[order], values[order]
     blob = new_blob(shape, len(values), block)
-    views = sections(blob)
+    views = _csr_sections(blob, info(blob))
     counts = np.bincount(segments, minlength=blocks * shape[0])
     views.offsets[1:] = np.cumsum(counts)
     views.columns[:] = columns % block
@@ -133,48 +130,34 @@ def assemble(
 
 def _places(rows: int, blocks: int, nnz: int) -> tuple[int, int, int, int]:
     """Byte offsets of the three sections, and the end."""
-    offsets = _HEADER.size
+    offsets = header.HEADER.size
     columns = _align(offsets + 4 * (blocks * rows + 1))
     values = _align(columns + 2 * nnz)
     return offsets, columns, values, _align(values + 4 * nnz)
 
 
-def blob_bytes(rows: int, blocks: int, nnz: int) -> int:
-    """Length of a blob in bytes."""
-    return _places(rows, blocks, nnz)[3]
-
-
-def _align(position: int) -> int:
-    return (position + 63) // 64 * 64
+def blob_bytes(head: BlobInfo) -> int:
+    """Length of a blob with this header, in bytes."""
+    if head.kind != "csr_f32":
+        return bitmap.nbytes(head)
+    return _places(head.rows, head.blocks, head.nnz)[3]
 
 
 def new_blob(shape: tuple[int, int], nnz: int, block: int) -> np.ndarray:
     """A blob of zeros with a finished header; the sections are still to be filled."""
     blocks = max(1, -(-shape[1] // block))
     *places, end = _places(shape[0], blocks, nnz)
-    raw = np.zeros(end + 63, np.uint8)
-    start = -raw.ctypes.data % 64
-    blob = raw[start : start + end]
-    header = _HEADER.pack(MAGIC, VERSION, CSR_F32, *shape, nnz, block, blocks, *places)
-    blob[: _HEADER.size] = np.frombuffer(header, np.uint8)
-    return blob
+    held = BlobInfo("csr_f32", VERSION, *shape, nnz, block, blocks, end)
+    return header.allocate(held, places)
 
 
 def info(blob: np.ndarray) -> BlobInfo:
     """The header of a blob, checked against the blob's length; FormatError if it is wrong."""
-    if blob.dtype != np.uint8 or blob.ndim != 1 or not blob.flags.c_contiguous:
-        raise FormatError(f"a blob is a contiguous uint8 vector, not {blob.dtype} {blob.shape}")
-    if len(blob) < _HEADER.size:
-        raise FormatError(f"a blob of {len(blob)} bytes has no header; pack the weight again")
-    fields = _HEADER.unpack(blob[: _HEADER.size].tobytes())
-    magic, version, kind, rows, cols, nnz, block, blocks, *places = fields
-    if magic != MAGIC:
-        raise FormatError("not a kernel blob: the magic bytes are wrong")
-    if version != VERSION or kind != CSR_F32:
-        raise FormatError(
-            f"blob version {version}, kind {kind}: this prunus reads version {VERSION}, kind "
-            f"{CSR_F32} (csr_f32); pack the weight again"
-        )
+    held, places = header.read(blob)
+    if held.kind != "csr_f32":
+        return bitmap.check_header(held, places)
+    rows, cols, nnz = held.rows, held.cols, held.nnz
+    block, blocks = held.block, held.blocks
     if max(rows, cols) > MAX_SIDE or nnz > MAX_NONZEROS or not 1 <= block <= MAX_BLOCK:
         raise FormatError(f"blob of {rows} by {cols}, {nnz} non-zeros, block {block}: out of range")
     if blocks != max(1, -(-cols // block)):
@@ -182,12 +165,16 @@ def info(blob: np.ndarray) -> BlobInfo:
     *wanted, end = _places(rows, blocks, nnz)
     if places != wanted or end != len(blob):
         raise FormatError(f"blob sections do not match its {len(blob)} bytes; it is corrupt")
-    return BlobInfo("csr_f32", version, rows, cols, nnz, block, blocks, len(blob))
+    return held
 
 
-def sections(blob: np.ndarray) -> Sections:
+def sections(blob: np.ndarray) -> Sections | bitmap.BitmapSections:
     """Views of a blob's sections; the header is checked, the contents are not (see validate)."""
     head = info(blob)
+    return _csr_sections(blob, head) if head.kind == "csr_f32" else bitmap.sections(blob)
+
+
+def _csr_sections(blob: np.ndarray, head: BlobInfo) -> Sections:
     at_offsets, at_columns, at_values, _ = _places(head.rows, head.blocks, head.nnz)
     return Sections(
         head,
@@ -199,8 +186,10 @@ def sections(blob: np.ndarray) -> Sections:
 
 def validate(blob: np.ndarray) -> BlobInfo:
     """FormatError unless every offset and column is in bounds; call once before the kernels run."""
-    views = sections(blob)
-    head = views.info
+    head = info(blob)
+    if head.kind != "csr_f32":
+        return bitmap.validate(blob)
+    views = _csr_sections(blob, head)
     check_compressed(views.offsets, views.columns, head.block)
     last = views.columns[int(views.offsets[(head.blocks - 1) * head.rows]) :]
     width = head.cols - (head.blocks - 1) * head.block
@@ -211,13 +200,15 @@ def validate(blob: np.ndarray) -> BlobInfo:
 
 def unpack(blob: np.ndarray) -> np.ndarray:
     """Dense float32 [rows, cols] of a blob; FormatError if the blob is corrupt."""
-    validate(blob)
-    views = sections(blob)
+    head = validate(blob)
     try:
-        out = np.zeros((views.info.rows, views.info.cols), np.float32)
+        if head.kind != "csr_f32":
+            return bitmap.dense(blob)
+        out = np.zeros((head.rows, head.cols), np.float32)
     except (MemoryError, ValueError) as error:
         raise FormatError(
-            f"a dense {views.info.rows} by {views.info.cols} matrix does not fit into memory"
+            f"a dense {head.rows} by {head.cols} matrix does not fit into memory"
         ) from error
+    views = _csr_sections(blob, head)
     out[views.rows_and_columns()] = views.values
     return out

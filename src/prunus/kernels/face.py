@@ -126,9 +126,9 @@ def conv2d(
 
 def transpose(blob: np.ndarray) -> np.ndarray:
     """The blob of Wᵀ, in time proportional to the non-zeros."""
-    if _native is None:
-        return reference.transpose(blob)
     head = blobs.info(blob)
+    if _native is None or head.kind != "csr_f32":
+        return reference.transpose(blob)
     shape = (head.cols, head.rows)
     out = blobs.new_blob(shape, head.nnz, blobs.DEFAULT_BLOCK)
     _native.transpose_ptr(_address(blob), _address(out))

@@ -8,6 +8,8 @@ from prunus.methods.criteria import (
     total_change,
 )
 from prunus.methods.dynamic import granet, itop, mest, nest, rigl, set_, sparse_momentum
+from prunus.methods.early_bird import EarlyBird, early_bird
+from prunus.methods.feedback import feedback, neural_wirings
 from prunus.methods.fixed import fixed
 from prunus.methods.initialization import (
     expander,
@@ -15,7 +17,8 @@ from prunus.methods.initialization import (
     grasp,
     iterative_snip,
 )
-from prunus.methods.lottery import Ticket, lottery_ticket
+from prunus.methods.loop import Loop
+from prunus.methods.lottery import lottery_ticket, train_prune_finetune
 from prunus.methods.outputs import (
     apoz,
     batchnorm_scale,
@@ -66,9 +69,13 @@ from prunus.methods.repairing import (
 )
 from prunus.methods.reparameterization import dynamic_reparameterization
 from prunus.methods.rewiring import deep_rewiring
+from prunus.methods.rounds import Ticket
+from prunus.methods.surgery import dynamic_surgery
 from prunus.methods.top_kast import top_kast
 
 __all__ = [
+    "EarlyBird",
+    "Loop",
     "Rotated",
     "Ticket",
     "ac_dc",
@@ -82,9 +89,12 @@ __all__ = [
     "deep_rewiring",
     "dense_sparse_dense",
     "dynamic_reparameterization",
+    "dynamic_surgery",
+    "early_bird",
     "eigendamage",
     "exact_obc",
     "expander",
+    "feedback",
     "fixed",
     "fold_constant",
     "force",
@@ -108,6 +118,7 @@ __all__ = [
     "movement",
     "nest",
     "net_trim",
+    "neural_wirings",
     "nisp",
     "obd",
     "obs",
@@ -128,6 +139,7 @@ __all__ = [
     "thinet",
     "top_kast",
     "total_change",
+    "train_prune_finetune",
     "wanda",
     "woodfisher",
 ]

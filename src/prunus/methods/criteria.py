@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunus import allocations, schedules, scores
 from prunus.compose import compose
-from prunus.core import Allocation, Sparsifier, Structure
+from prunus.core import Allocation, Sparsifier, Structure, check_steps
 
 
 def lamp(sparsity: float, *, step: int = 0, structure: Structure | None = None) -> Sparsifier:
@@ -58,6 +58,7 @@ def movement(
     steps in about 100 updates; element, uniform. Source: Sanh, Wolf, Rush 2020, arXiv 2005.07683.
     Differs: what is off stays off, where the paper's scores may bring it back.
     """
+    check_steps(steps=steps)
     begin = steps // 10 if begin is None else begin
     end = max(begin, 3 * steps // 4) if end is None else end
     every = max(1, (end - begin) // 100) if every is None else every
@@ -85,6 +86,7 @@ def total_change(
     Defaults: step at half of steps; element, global_.
     Source: Karnin 1990, IEEE Trans. Neural Networks 1.
     """
+    check_steps(steps=steps)
     step = steps // 2 if step is None else step
     return compose(
         scores.total_change(rate),

@@ -8,11 +8,13 @@ from typing import Literal
 from prunus import allocations, growth, schedules, scores
 from prunus.combine import then
 from prunus.compose import compose
-from prunus.core import Allocation, Score, Sparsifier, Structure
+from prunus.core import Allocation, Score, Sparsifier, Structure, check_steps
 from prunus.kinds import GRADIENT
+from prunus.methods.origin import at_initialisation
 from prunus.methods.pruning import gradual_magnitude
 
 
+@at_initialisation
 def set_(
     sparsity: float,
     steps: int,
@@ -30,6 +32,7 @@ def set_(
     Differs: drops the smallest |w| instead of the smallest positive and largest negative
     weights apart; grown weights start at zero.
     """
+    check_steps(steps=steps)
     return compose(
         scores.magnitude(),
         structure=structure,
@@ -41,6 +44,7 @@ def set_(
     )
 
 
+@at_initialisation
 def rigl(
     sparsity: float,
     steps: int,
@@ -58,6 +62,7 @@ def rigl(
     Source: Evci, Gale, Menick, Castro, Elsen 2020, arXiv 1911.11134, algorithm 1.
     Differs: the weights that stay also take a gradient step at a move.
     """
+    check_steps(steps=steps)
     end = max(1, int(steps * stop))
     return compose(
         scores.magnitude(),
@@ -70,6 +75,7 @@ def rigl(
     )
 
 
+@at_initialisation
 def itop(
     sparsity: float,
     steps: int,
@@ -86,6 +92,7 @@ def itop(
     growth, but at least ten moves; 0.5, decayed by a cosine; erk; moves until the end.
     Source: Liu, Yin, Mocanu, Pechenizkiy 2021, arXiv 2102.02887.
     """
+    check_steps(steps=steps)
     pause = every or max(1, min(1500 if grow == "random" else 4000, steps // 10))
     turnover = growth.cosine(fraction, steps)
     return compose(
@@ -98,6 +105,7 @@ def itop(
     )
 
 
+@at_initialisation
 def sparse_momentum(
     sparsity: float,
     steps: int,
@@ -115,6 +123,7 @@ def sparse_momentum(
     Differs: the average is kept beside the optimizer's, with a decay of 0.9, so that any optimizer
     will do; weights that were dropped in a move are not grown in it.
     """
+    check_steps(steps=steps)
     return compose(
         scores.magnitude(),
         structure=structure,
@@ -126,6 +135,7 @@ def sparse_momentum(
     )
 
 
+@at_initialisation
 def granet(
     sparsity: float,
     steps: int,
@@ -146,6 +156,7 @@ def granet(
     arXiv 2106.10404.
     Differs: where it starts sparse, the first mask is random over all sites alike, not erk.
     """
+    check_steps(steps=steps)
     end = max(1, int(steps * stop))
     return compose(
         scores.magnitude(),
@@ -158,6 +169,7 @@ def granet(
     )
 
 
+@at_initialisation
 def mest(
     sparsity: float,
     steps: int,
@@ -174,8 +186,10 @@ def mest(
     Only gradients of what is kept are read, so the training stays sparse throughout. gradient: the
     weight of the gradient. fraction: exchanged at first, decreasing to 0. Default: uniform.
     Source: Yuan et al. 2021, arXiv 2110.14032.
-    Differs: the fraction decays by a cosine instead of in stages; without the soft memory bound.
+    Differs: the fraction decays by a cosine instead of in stages; without the soft memory bound;
+    the authors' code has gradient = 0 as its default.
     """
+    check_steps(steps=steps)
     end = max(1, int(steps * stop))
     score = Score(
         f"mest({gradient:g})",
@@ -193,6 +207,7 @@ def mest(
     )
 
 
+@at_initialisation
 def nest(
     sparsity: float,
     steps: int,
@@ -213,6 +228,7 @@ def nest(
     Differs: neurons come from the network's own width and start at zero; the paper's bridging
     gradient between layers l - 1 and l + 1 is not formed.
     """
+    check_steps(steps=steps)
     turn = max(1, int(steps * grown))
     allocation = allocation or allocations.uniform()
     up = compose(

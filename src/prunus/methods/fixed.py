@@ -44,7 +44,9 @@ def fixed(masks: Masks | None = None) -> Sparsifier:
         if not kept:
             where = "none of the sites has a zero weight" if masks is None else "the masks are full"
             raise TargetError(f"there is nothing to keep: {where}")
-        shares = {name: 1.0 - int(mask.sum()) / mask.numel() for name, mask in kept.items()}
+        shares = {
+            name: 1.0 - int(mask.count_nonzero()) / mask.numel() for name, mask in kept.items()
+        }
         return Update(replace(state, round=state.round + 1, masks=kept, sparsity=shares))
 
     return Sparsifier(

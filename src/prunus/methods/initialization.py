@@ -5,8 +5,10 @@ from __future__ import annotations
 from prunus import allocations, schedules, scores, structures
 from prunus.compose import compose
 from prunus.core import Allocation, Sparsifier, Structure
+from prunus.methods.origin import at_initialisation
 
 
+@at_initialisation
 def iterative_snip(
     sparsity: float,
     *,
@@ -30,6 +32,7 @@ def iterative_snip(
     )
 
 
+@at_initialisation
 def force(
     sparsity: float,
     *,
@@ -56,6 +59,7 @@ def force(
     )
 
 
+@at_initialisation
 def grasp(
     sparsity: float,
     *,
@@ -77,6 +81,7 @@ def grasp(
     )
 
 
+@at_initialisation
 def expander(sparsity: float, *, seed: int = 0, allocation: Allocation | None = None) -> Sparsifier:
     """Fix a random graph in which every output keeps as many inputs, whatever the weights are.
 

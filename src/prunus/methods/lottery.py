@@ -1,55 +1,57 @@
-"""Lottery tickets: iterative magnitude pruning with weight rewinding, as a procedure."""
+"""Lottery tickets with three kinds of retraining, and train, prune, fine-tune: procedures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from prunus import allocations, schedules, scores, sites
 from prunus.compose import compose
-from prunus.core import Allocation, Masks, Signals, Structure
-from prunus.drive import attach
+from prunus.core import Allocation, Score, Solver, Structure
+from prunus.drive.progress import Progress
+from prunus.drive.signals import Loss
 from prunus.errors import ValueRangeError
-from prunus.methods.fixed import fixed
+from prunus.methods.rounds import Data, Rounds, Ticket, Train
 
-
-@dataclass(frozen=True)
-class Ticket:
-    """What one round found: its masks, the sparsity they reach, and what `train` returned."""
-
-    round: int
-    sparsity: float
-    masks: Masks
-    result: Any
+Way = Literal["weights", "learning_rate", "fine_tune"]
 
 
 def lottery_ticket(
     model: nn.Module,
     make_optimizer: Callable[[nn.Module], Optimizer],
-    train: Callable[[nn.Module, Optimizer, int], Any],
+    train: Train,
     *,
     sparsity: float,
     rounds: int = 10,
+    way: Way = "weights",
     rewind_step: int = 0,
+    fine_tune: Train | None = None,
     structure: Structure | None = None,
     allocation: Allocation | None = None,
     include: sites.Patterns = None,
     exclude: sites.Patterns = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | bool | None = None,
     on_round: Callable[[Ticket], None] | None = None,
 ) -> list[Ticket]:
-    """Find a ticket: train, remove the smallest weights, rewind the rest, again; rounds + 1 runs.
+    """Find a ticket: train, remove the smallest weights, retrain the rest, again; rounds + 1 runs.
 
-    train(model, optimizer, start) trains from optimizer step `start` to the end (0 in the first
-    run, rewind_step later, so that the learning-rate schedule is rewound too). Round i keeps
-    (1 - s)^(i / rounds). The model ends with the trained weights of the last ticket. Returns round
-    0 (dense) to `rounds`. Defaults: element, global_, rewinding to initialisation.
-    Source: Frankle & Carbin 2019, arXiv 1803.03635; rewinding to step k: Frankle, Dziugaite, Roy,
-    Carbin 2020, arXiv 1912.05671. Raises ValueRangeError if training stops before rewind_step.
+    train(model, optimizer, start), or a Loop, trains from optimizer step `start` to the end: from 0
+    in the first run, from rewind_step later. way: "weights" sets weights and learning rate back to
+    rewind_step; "learning_rate" keeps the trained weights; "fine_tune" keeps both and trains by
+    fine_tune(model, optimizer, rewind_step), e.g. as long, at the last learning rate (a Loop can).
+    Round i keeps (1 - s)^(i / rounds). The model ends with the weights of the last ticket.
+    folder: a checkpoint after every round, from which the same call goes on bit for bit; its random
+    states are torch's, NumPy's, Python's and the loader's. progress: a function of (rounds done,
+    rounds, text); None: lines on a terminal. Returns round 0 (dense) to `rounds`. Defaults:
+    element, global_. Source: Frankle & Carbin 2019, arXiv 1803.03635; rewinding to step k: Frankle,
+    Dziugaite, Roy, Carbin 2020, arXiv 1912.05671; the three ways: Renda, Frankle, Carbin 2020,
+    arXiv 2003.02389. Raises ValueRangeError if training stops before rewind_step, or for a folder
+    of another run.
     """
     method = compose(
         scores.magnitude(),
@@ -57,58 +59,88 @@ def lottery_ticket(
         allocation=allocation or allocations.global_(),
         schedule=schedules.iterative(sparsity, rounds, every=1),
     )
-    found = sites.find(model, include, exclude)
-    parameters = sites.parameters(model, found)
-    state = method.init(found, sites.weights(parameters), 0)
-    tickets: list[Ticket] = []
-    start: dict[str, Tensor] = {}
-    for done in range(rounds + 1):
-        optimizer = make_optimizer(model)
-        if done == 0:
-            remove = _remember(model, optimizer, rewind_step, start)
-            result = train(model, optimizer, 0)
-            remove()
-            if not start:
-                raise ValueRangeError(f"training ended before step {rewind_step} (rewind_step)")
-        else:
-            keep = fixed(state.masks) if state.masks else None  # a sparsity of 0 keeps nothing
-            held = keep and attach(keep, model, optimizer, include=include, exclude=exclude)
-            result = train(model, optimizer, rewind_step)
-            if held:
-                held.detach()
-        tickets.append(Ticket(done, _sparsity(found, state.masks), state.masks, result))
-        if on_round is not None:
-            on_round(tickets[-1])
-        if done < rounds:
-            update = method.update(state, found, sites.weights(parameters), Signals())
-            state = replace(update.state, step=done + 1, round=0)
-            model.load_state_dict(start)
-    return tickets
+    return Rounds(
+        "lottery_ticket",
+        model,
+        make_optimizer,
+        train,
+        _fine_tune(way, train, fine_tune),
+        method,
+        rounds,
+        way,
+        rewind_step,
+        include=include,
+        exclude=exclude,
+        folder=folder,
+        progress=progress,
+        on_round=on_round,
+    ).run()
 
 
-def _remember(
-    model: nn.Module, optimizer: Optimizer, step: int, into: dict[str, Tensor]
-) -> Callable[[], None]:
-    """Copy the model's state after `step` optimizer steps into `into`; returns the remover."""
+def train_prune_finetune(
+    model: nn.Module,
+    make_optimizer: Callable[[nn.Module], Optimizer],
+    train: Train,
+    *,
+    sparsity: float,
+    rounds: int = 1,
+    fine_tune: Train | None = None,
+    start: int = 0,
+    score: Score | None = None,
+    structure: Structure | None = None,
+    allocation: Allocation | None = None,
+    solve: Solver | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    inputs: Any = None,
+    include: sites.Patterns = None,
+    exclude: sites.Patterns = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | bool | None = None,
+    on_round: Callable[[Ticket], None] | None = None,
+) -> list[Ticket]:
+    """Train, prune, fine-tune; with several rounds prune and fine-tune in turn.
 
-    def keep() -> None:
-        into.update({name: value.detach().clone() for name, value in model.state_dict().items()})
+    train(model, optimizer, 0), or a Loop, trains the dense network, fine_tune(model, optimizer,
+    start) the pruned one; a Loop does that at its last learning rate, for its steps from `start`
+    on. score, structure, allocation, solve: the slots of `compose`; batches, loss, inputs: as for
+    `prune`, for scores that read data. Round i keeps (1 - s)^(i / rounds). folder, progress: as for
+    lottery_ticket. Returns round 0 (dense) to `rounds`. Defaults: one round, magnitude, element,
+    global_. Source: Han, Pool, Tran, Dally 2015, arXiv 1506.02626.
+    """
+    method = compose(
+        score or scores.magnitude(),
+        structure=structure,
+        allocation=allocation or allocations.global_(),
+        schedule=schedules.iterative(sparsity, rounds, every=1),
+        solve=solve,
+    )
+    return Rounds(
+        "train_prune_finetune",
+        model,
+        make_optimizer,
+        train,
+        _fine_tune("fine_tune", train, fine_tune),
+        method,
+        rounds,
+        "fine_tune",
+        start,
+        include=include,
+        exclude=exclude,
+        data=Data(batches, loss, inputs),
+        folder=folder,
+        progress=progress,
+        on_round=on_round,
+    ).run()
 
-    if step == 0:
-        keep()
-        return lambda: None
-    count = 0
 
-    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == step:
-            with torch.no_grad():
-                keep()
-
-    return optimizer.register_step_post_hook(after).remove
-
-
-def _sparsity(found: tuple[sites.Site, ...], masks: Masks) -> float:
-    off = sum(int((~mask).sum()) for mask in masks.values())
-    return off / max(1, sum(site.size for site in found))
+def _fine_tune(way: str, train: Train, given: Train | None) -> Train | None:
+    """Find what fine-tunes: the given function, or the training's own."""
+    if way not in get_args(Way):
+        raise ValueRangeError(f"way is {way!r}; allowed: {', '.join(get_args(Way))}")
+    found = given or getattr(train, "fine_tune", None)
+    if way == "fine_tune" and found is None:
+        raise ValueRangeError(
+            "fine-tuning takes fine_tune=, a function (model, optimizer, start), or a Loop as train"
+        )
+    return found

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from prunus import allocations, schedules, scores, select
 from prunus.compose import compose
-from prunus.core import Context, Score, Signals, Site, Sparsifier, State, Update, Weights
+from prunus.core import (
+    Context,
+    Score,
+    Signals,
+    Site,
+    Sparsifier,
+    State,
+    Update,
+    Weights,
+    check_steps,
+)
 from prunus.errors import ValueRangeError
 from prunus.kinds import GRADIENT
 
@@ -23,6 +33,7 @@ def global_sparse_momentum(sparsity: float, steps: int, *, end: int | None = Non
     steps: of the whole training. Default: end at 3/4 of steps.
     Source: Ding, Ding, Zhou, Guo, Han, Liu 2019, arXiv 1909.12778, eq. 8-10.
     """
+    check_steps(steps=steps)
     end = 3 * steps // 4 if end is None else end
     if not 0 <= end < steps:
         raise ValueRangeError(f"weights are removed before the training ends, got {end} of {steps}")

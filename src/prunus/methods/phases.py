@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunus import allocations, schedules, scores
 from prunus.compose import compose
-from prunus.core import Allocation, Sparsifier, Structure
+from prunus.core import Allocation, Sparsifier, Structure, check_steps
 from prunus.errors import ValueRangeError
 
 
@@ -33,6 +33,7 @@ def ac_dc(
     from zero. Defaults: begin at steps / 10, phases of steps / 20, the last from 85% of steps at
     the latest; element, global_. Source: Peste, Iofinova, Vladu, Alistarh 2021, arXiv 2106.12379.
     """
+    check_steps(steps=steps)
     begin = steps // 10 if begin is None else begin
     sparse = max(1, steps // 20) if sparse is None else sparse
     dense = max(1, steps // 20) if dense is None else dense
@@ -64,6 +65,7 @@ def iterative_hard_thresholding(
     phases of steps / 10, the last from 90% of steps at the latest; element, uniform.
     Source: Jin, Yuan, Feng, Yan 2016, arXiv 1607.05423.
     """
+    check_steps(steps=steps)
     sparse = max(1, steps // 10) if sparse is None else sparse
     dense = max(1, steps // 10) if dense is None else dense
     return compose(
@@ -93,6 +95,7 @@ def dense_sparse_dense(
     the paper takes sparsities of 0.25 to 0.5.
     Source: Han, Pool, Narang, Mao et al. 2017, arXiv 1607.04381.
     """
+    check_steps(steps=steps)
     begin = steps // 3 if begin is None else begin
     end = max(begin + 1, 2 * steps // 3) if end is None else end
     return compose(
@@ -119,6 +122,7 @@ def rising_threshold(
     Defaults: from 5% of steps, faster from 25%, up to 50%; every 100 steps; element.
     Source: Narang, Elsen, Diamos, Sengupta 2017, arXiv 1704.05119.
     """
+    check_steps(steps=steps)
     marks = (steps // 20, steps // 4, max(1, steps // 2))
     return compose(
         scores.magnitude(),
@@ -145,6 +149,7 @@ def adaptive_pruning(
     steps, about 50 updates; element, global_. Source: Prechelt 1997, Neurocomputing 16 (lprune).
     Differs: by |w|, where the paper takes a test statistic of the weight's updates.
     """
+    check_steps(steps=steps)
     begin = steps // 10 if begin is None else begin
     end = max(begin, 9 * steps // 10)
     every = max(1, (end - begin) // 50) if every is None else every

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from prunus import allocations, schedules, scores
 from prunus.compose import compose
-from prunus.core import Allocation, Sparsifier, Structure
+from prunus.core import Allocation, Sparsifier, Structure, check_steps
 from prunus.errors import ValueRangeError
+from prunus.methods.origin import at_initialisation
 
 
 def one_shot_magnitude(
@@ -45,6 +46,7 @@ def gradual_magnitude(
     steps (the rest trains the final mask), about 100 updates; element, uniform.
     Source: Zhu & Gupta 2017, arXiv 1710.01878. Differs: what is off stays off.
     """
+    check_steps(steps=steps)
     if steps < 1:
         raise ValueRangeError(f"steps is the length of the training, at least 1, got {steps}")
     begin = steps // 10 if begin is None else begin
@@ -61,6 +63,7 @@ def gradual_magnitude(
     )
 
 
+@at_initialisation
 def random_pruning(
     sparsity: float,
     *,
@@ -81,6 +84,7 @@ def random_pruning(
     )
 
 
+@at_initialisation
 def snip(
     sparsity: float,
     *,
@@ -101,6 +105,7 @@ def snip(
     )
 
 
+@at_initialisation
 def synflow(
     sparsity: float,
     *,

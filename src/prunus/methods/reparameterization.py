@@ -20,12 +20,15 @@ from prunus.core import (
     Update,
     Weights,
     check_sparsity,
+    check_steps,
 )
+from prunus.methods.origin import at_initialisation
 
 _THRESHOLD = "reparameterization threshold"
 _ALL = "all"
 
 
+@at_initialisation
 def dynamic_reparameterization(
     sparsity: float,
     steps: int,
@@ -42,8 +45,10 @@ def dynamic_reparameterization(
     than (1 + tolerance) N it halves; N = fraction of all kept weights. What all sites dropped, K,
     goes to site l as K R_l / sum R, with R_l the weights that survived there. Default: uniform.
     Source: Mostafa & Wang 2019, arXiv 1902.05967, algorithm 1.
-    Differs: N is a fraction, not a number; what was dropped in a move is not grown in it.
+    Differs: N is a fraction, not a number (the authors take about 0.01 of the weights); what was
+    dropped in a move is not grown in it.
     """
+    check_steps(steps=steps)
     check_sparsity(sparsity)
     check_sparsity(fraction, "the fraction dropped")
     schedule = schedules.constant(sparsity, every, steps)
@@ -78,8 +83,8 @@ def _move(
     limit = state.statistics[_THRESHOLD][_ALL]
     on = {site.name: _mask(state, site) for site in sites}
     stay = {name: mask & (weights[name].abs() >= limit) for name, mask in on.items()}
-    kept = {name: int(mask.sum()) for name, mask in on.items()}
-    left = {name: int(mask.sum()) for name, mask in stay.items()}
+    kept = {name: int(mask.count_nonzero()) for name, mask in on.items()}
+    left = {name: int(mask.count_nonzero()) for name, mask in stay.items()}
     room = {site.name: site.size - kept[site.name] for site in sites}
     dropped = sum(kept.values()) - sum(left.values())
     short = dropped - sum(room.values())
@@ -92,7 +97,7 @@ def _move(
     elif dropped > (1 + tolerance) * wanted or short > 0:
         limit = limit / 2
     masks = {s.name: stay[s.name] | _drawn(state, s, on[s.name], grown[s.name]) for s in sites}
-    shares = {s.name: 1.0 - int(masks[s.name].sum()) / max(1, s.size) for s in sites}
+    shares = {s.name: 1.0 - int(masks[s.name].count_nonzero()) / max(1, s.size) for s in sites}
     state = replace(
         state,
         round=state.round + 1,

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from prunus import allocations, rng, schedules, scores, select
 from prunus.compose import compose
-from prunus.core import Allocation, Signals, Site, Sparsifier, State, Update, Weights
+from prunus.core import Allocation, Signals, Site, Sparsifier, State, Update, Weights, check_steps
+from prunus.methods.origin import at_initialisation
 
 
+@at_initialisation
 def deep_rewiring(
     sparsity: float,
     steps: int,
@@ -30,7 +32,9 @@ def deep_rewiring(
     sites alike, are switched on at 0. The optimizer's step is the gradient part of the walk.
     lr: the optimizer's; temperature: None is lr l1^2 / 18. Default: er, for the first mask.
     Source: Bellec, Kappel, Maass, Legenstein 2018, arXiv 1711.05136, algorithm 1.
+    Differs: the shrinkage and noise of a step come before its gradient, not after it.
     """
+    check_steps(steps=steps)
     heat = lr * l1**2 / 18 if temperature is None else temperature
     walk = (lr * l1, math.sqrt(2 * lr * heat))
     first = compose(
@@ -78,14 +82,14 @@ def _step(
         values[site.name] = torch.where(awake[site.name], signs * theta, 0.0)
         draw = rng.uniform((*key, "wake"), site.shape).to(w.device)
         ranks[site.name] = draw.masked_fill(awake[site.name], -1.0).reshape(1, -1)
-        kept += int(mask.sum())
-    missing = kept - sum(int(mask.sum()) for mask in awake.values())
+        kept += int(mask.count_nonzero())
+    missing = kept - sum(int(mask.count_nonzero()) for mask in awake.values())
     counts = select.global_counts(ranks, dict.fromkeys(ranks, 1), missing)
     masks = {
         site.name: awake[site.name]
         | select.keep_top(ranks[site.name], counts[site.name]).reshape(site.shape)
         for site in sites
     }
-    shares = {s.name: 1.0 - int(masks[s.name].sum()) / max(1, s.size) for s in sites}
+    shares = {s.name: 1.0 - int(masks[s.name].count_nonzero()) / max(1, s.size) for s in sites}
     masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
     return Update(replace(state, round=state.round + 1, masks=masks, sparsity=shares), values)

@@ -17,11 +17,14 @@ from prunus.core import (
     Update,
     Weights,
     check_sparsity,
+    check_steps,
 )
 from prunus.errors import CompositionError, ValueRangeError
 from prunus.kinds import RESERVE
+from prunus.methods.origin import at_initialisation
 
 
+@at_initialisation
 def top_kast(
     sparsity: float,
     steps: int,
@@ -40,6 +43,7 @@ def top_kast(
     Source: Jayakumar, Pascanu, Rae, Osindero, Elsen 2020, arXiv 2106.03517.
     Differs: the penalty acts on the weights instead of through the loss.
     """
+    check_steps(steps=steps)
     check_sparsity(sparsity)
     wide = max(0.0, 1 - 2 * (1 - sparsity)) if backward is None else check_sparsity(backward)
     share = allocation or allocations.uniform()

@@ -15,6 +15,7 @@ from prunus.metrics.flops import Flops, flops
 from prunus.metrics.latency import Latency, Ratio, compare, latency, speedup, threads
 from prunus.metrics.memory import PeakMemory, peak_memory
 from prunus.metrics.sizes import dense_bytes, file_bytes
+from prunus.metrics.tables import flops_table
 
 __all__ = [
     "Accuracy",
@@ -34,6 +35,7 @@ __all__ = [
     "dense_bytes",
     "file_bytes",
     "flops",
+    "flops_table",
     "hardness",
     "latency",
     "parameter_efficiency",

@@ -6,6 +6,7 @@ from prunus.runtime.files import FileLayer, layers_from_file
 from prunus.runtime.modules import SparseConv2d, SparseLinear
 from prunus.runtime.plan import Layer, Plan, Row
 from prunus.runtime.store import Saved, load, save
+from prunus.runtime.tables import latency_table
 from prunus.runtime.verify import VerificationError
 from prunus.runtime.weight import PackedWeight
 
@@ -21,6 +22,7 @@ __all__ = [
     "SparseLinear",
     "VerificationError",
     "compile",
+    "latency_table",
     "layers_from_file",
     "load",
     "save",

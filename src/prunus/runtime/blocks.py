@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunus.runtime.candidates import run
+from prunus.runtime.epilogue import Fusing
 from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import UNTRACEABLE, activation_name, plain
-from prunus.runtime.weight import PackedWeight
+from prunus.runtime.part import LinearPart
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _IN_PLACE = (operator.iadd,)
@@ -30,9 +31,18 @@ _ACTIVATIONS = {
 # Modules that change nothing in inference, and those known to leave their inputs as they are.
 _TRANSPARENT = (nn.Identity, nn.Dropout)
 _PURE = (
-    *(*_TRANSPARENT, PackedWeight, nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d),
-    *(nn.BatchNorm2d, nn.GELU, nn.Tanh, nn.Sigmoid, nn.MaxPool2d, nn.AvgPool2d, nn.Embedding),
-    nn.AdaptiveAvgPool2d,
+    *(
+        *_TRANSPARENT,
+        Fusing,
+        LinearPart,
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.LayerNorm,
+        nn.BatchNorm1d,
+    ),
+    *(nn.BatchNorm2d, nn.GELU, nn.Tanh, nn.Sigmoid, nn.MaxPool2d, nn.AvgPool2d),
+    *(nn.Embedding, nn.AdaptiveAvgPool2d),
 )
 
 
@@ -60,11 +70,11 @@ def fuse(model: nn.Module, example: Any) -> Fused:
     which cannot be traced as a whole gain too; a block that cannot be traced is left as it is.
     """
     blocks = list(_blocks(model))
-    calls = _record(model, [block for _, block in blocks], example)
+    calls = record_calls(model, [block for _, block in blocks], example)
     names = {id(module): name for name, module in model.named_modules()}
     found = Fused()
     for name, block in blocks:
-        graph = _trace(block, calls)
+        graph = trace(block, calls)
         if graph is None:
             continue
         taken = _Block(block, graph, calls.counts, names, set(found.activations) | found.residuals)
@@ -83,9 +93,9 @@ def _inlined(module: nn.Module) -> bool:
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of those that call packed layers, outermost first."""
     for name, module in model.named_modules():
-        if isinstance(module, (PackedWeight, nn.ModuleList, nn.ModuleDict)) or not plain(module):
+        if isinstance(module, (Fusing, nn.ModuleList, nn.ModuleDict)) or not plain(module):
             continue
-        if any(isinstance(child, PackedWeight) for child in _children(module)):
+        if any(isinstance(child, Fusing) for child in _children(module)):
             yield name, module
 
 
@@ -106,7 +116,7 @@ class _Calls:
     arguments: dict[int, set[frozenset[str] | None]] = dataclasses.field(default_factory=dict)
 
 
-def _record(model: nn.Module, blocks: list[nn.Module], example: Any) -> _Calls:
+def record_calls(model: nn.Module, blocks: list[nn.Module], example: Any) -> _Calls:
     """Counts of one forward pass."""
     calls = _Calls()
 
@@ -117,7 +127,7 @@ def _record(model: nn.Module, blocks: list[nn.Module], example: Any) -> _Calls:
         bound = inspect.signature(module.forward).bind(*args, **named).arguments
         given.add(frozenset(bound) if tensors else None)
 
-    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    packed = [module for module in model.modules() if isinstance(module, Fusing)]
     handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in (*blocks, *packed)]
     try:
         run(model, example)
@@ -127,7 +137,7 @@ def _record(model: nn.Module, blocks: list[nn.Module], example: Any) -> _Calls:
     return calls
 
 
-def _trace(block: nn.Module, calls: _Calls) -> fx.Graph | None:
+def trace(block: nn.Module, calls: _Calls) -> fx.Graph | None:
     """The block's graph for the arguments it is called with; None if there is none to trust."""
     parameters = inspect.signature(block.forward).parameters
     given = calls.arguments.get(id(block), set())
@@ -176,7 +186,7 @@ class _Block:
         self.layers = [
             node
             for node in graph.nodes
-            if isinstance(module := self._module(node), PackedWeight)
+            if isinstance(module := self._module(node), Fusing)
             and uses[id(module)] == 1
             and counts[id(module)] == counts[id(block)]
             and len(node.args) == 1
@@ -189,7 +199,7 @@ class _Block:
         """Fuse what follows each layer; True if anything was."""
         for node in self.layers:
             layer = self._module(node)
-            assert isinstance(layer, PackedWeight)
+            assert isinstance(layer, Fusing)
             name = self.names[id(layer)]
             if not layer.activation and name not in self.taken:
                 self._fuse(node, name)
@@ -258,23 +268,10 @@ class _Block:
         """Whether nothing between two nodes may write to a tensor that already exists."""
         node = start.next
         while node is not end:
-            if not self._pure(node):
+            if not pure(node, self._module(node)):
                 return False
             node = node.next
         return True
-
-    def _pure(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = self._module(node)
-            inplace = getattr(module, "inplace", False)
-            known = type(module) in (nn.ReLU, nn.ReLU6, nn.SiLU) or isinstance(module, _PURE)
-            return known and not inplace and module is not None and plain(module)
-        name = getattr(node.target, "__name__", str(node.target))
-        writes = name.endswith("_") and not name.endswith("__")
-        if writes or name.startswith("__set") or node.kwargs.get("inplace"):
-            return False
-        assigns = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
-        return "out" not in node.kwargs and not (assigns and name not in ("inv", "invert", "index"))
 
     def _before(self, node: fx.Node, other: fx.Node) -> bool:
         """Whether a node comes before another."""
@@ -286,6 +283,20 @@ class _Block:
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+
+def pure(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node leaves all tensors as they are; module: the one it calls, if it does."""
+    if node.op == "call_module":
+        inplace = getattr(module, "inplace", False)
+        known = type(module) in (nn.ReLU, nn.ReLU6, nn.SiLU) or isinstance(module, _PURE)
+        return known and not inplace and module is not None and plain(module)
+    name = getattr(node.target, "__name__", str(node.target))
+    writes = name.endswith("_") and not name.endswith("__")
+    if writes or name.startswith("__set") or node.kwargs.get("inplace"):
+        return False
+    assigns = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
+    return "out" not in node.kwargs and not (assigns and name not in ("inv", "invert", "index"))
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -1,10 +1,10 @@
-"""Which layers of a model could run sparse, what their inputs look like, and why others cannot."""
+"""The ways to run a layer, which layers may take them, and what their inputs look like."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,87 @@ from torch import Tensor, nn
 
 from prunus.errors import ShapeError
 from prunus.runtime.conv1d import SparseConv1d
+from prunus.runtime.dense import DenseLayer
+from prunus.runtime.epilogue import Fusing
 from prunus.runtime.modules import SparseConv2d, SparseLinear
-from prunus.runtime.plan import Layer
+from prunus.runtime.plan import (
+    BITMAP,
+    BITMAP_BF16,
+    BITMAP_INT8,
+    DENSE_BF16,
+    DIRECT,
+    SPARSE,
+    Layer,
+)
 
 KINDS = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
-
+ALL = frozenset(KINDS.values())
+LINEAR = frozenset({"linear"})
 DIRECT_CHANNELS = 4
 """Channels per group up to which a dense convolution is tried through the packed kernels."""
+PRECISIONS = (torch.float32, torch.bfloat16, torch.int8)
+"""What weights may be rounded to; each allows those before it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to run a layer, measured against torch's own; a row of TABLE.
+
+    name: the word in plans and for `choose`. build: the layer as a module that owns its weight.
+    fits: whether it can run this layer. sparse: its time follows the sparsity. dtype: what its
+    weights are rounded to, which the caller of `compile` has to allow.
+    """
+
+    name: str
+    kinds: frozenset[str]
+    build: Callable[[nn.Module], Fusing]
+    fits: Callable[[nn.Module], bool] = lambda module: True
+    sparse: bool = True
+    dtype: torch.dtype = torch.float32
+
+
+# One row per way. The first sparse one that is no slower than the others is taken.
+TABLE = (
+    Candidate(SPARSE, ALL, lambda module: pack_layer(module)),
+    Candidate(BITMAP, LINEAR, lambda module: bitmap_layer(module, "bitmap_f32")),
+    Candidate(
+        BITMAP_BF16,
+        LINEAR,
+        lambda module: bitmap_layer(module, "bitmap_bf16"),
+        dtype=torch.bfloat16,
+    ),
+    Candidate(
+        BITMAP_INT8,
+        LINEAR,
+        lambda module: bitmap_layer(module, "bitmap_i8"),
+        fits=lambda module: is_finite(module.weight),
+        dtype=torch.int8,
+    ),
+    Candidate(
+        DIRECT,
+        ALL - LINEAR,
+        lambda module: pack_layer(module),
+        fits=lambda module: is_direct(module),
+        sparse=False,
+    ),
+    Candidate(
+        DENSE_BF16,
+        ALL,
+        lambda module: dense_layer(module, torch.bfloat16),
+        sparse=False,
+        dtype=torch.bfloat16,
+    ),
+)
+
+
+def ways_of(layer: Layer, module: nn.Module, dtype: torch.dtype) -> dict[str, Candidate]:
+    """{name: row} of what can run this layer with weights of this precision, or better."""
+    allowed = PRECISIONS[: PRECISIONS.index(dtype) + 1]
+    return {
+        way.name: way
+        for way in TABLE
+        if layer.kind in way.kinds and way.dtype in allowed and way.fits(module)
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +115,38 @@ class Call:
         strided = torch.empty_strided(self.shape, self.stride, device="cpu")
         return strided.copy_(values)
 
+    def layout(self) -> str:
+        """A word for the strides, as far as a time depends on them."""
+        like = torch.empty_strided(self.shape, self.stride, device="meta")
+        if like.is_contiguous():
+            return "contiguous"
+        last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+        return "channels_last" if last else str(self.stride)
+
 
 Calls = Mapping[str, "collections.Counter[Call]"]
 
 
 def run(model: nn.Module, example: Any) -> Any:
-    """Call the model on a tensor, a tuple of positional or a mapping of named inputs."""
+    """Call the model on a tensor, a tuple of positional or a mapping of named inputs.
+
+    A list holds several examples; their outputs come back as a list.
+    """
+    if isinstance(example, list):
+        return [run(model, one) for one in example]
     if isinstance(example, Mapping):
         return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def several(example: Any) -> Any:
+    """The example, or the list of them where there is more than one."""
+    return example[0] if isinstance(example, list) and len(example) == 1 else example
+
+
+def first_of(example: Any) -> Any:
+    """The first of several examples, or the only one."""
+    return example[0] if isinstance(example, list) else example
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -148,7 +245,7 @@ def _plain(module: nn.Module) -> str:
 
 
 def pack_layer(module: nn.Module) -> SparseLinear | SparseConv1d | SparseConv2d:
-    """The sparse twin of a layer."""
+    """The packed twin of a layer."""
     if isinstance(module, nn.Conv1d):
         return SparseConv1d.from_dense(module)
     if isinstance(module, nn.Conv2d):
@@ -156,3 +253,45 @@ def pack_layer(module: nn.Module) -> SparseLinear | SparseConv1d | SparseConv2d:
     if isinstance(module, nn.Linear):
         return SparseLinear.from_dense(module)
     raise ShapeError(f"{type(module).__name__} has no sparse twin")
+
+
+def bitmap_layer(module: nn.Module, kind: str) -> SparseLinear:
+    """The packed twin of a linear layer with one bit per position."""
+    assert isinstance(module, nn.Linear)
+    return SparseLinear.from_dense(module, kind)
+
+
+def is_finite(weight: Any) -> bool:
+    """Whether no weight is NaN or infinite, which int8 cannot hold."""
+    return bool(torch.isfinite(weight).all())
+
+
+def dense_layer(module: nn.Module, dtype: torch.dtype = torch.float32) -> DenseLayer:
+    """The layer with a weight of its own in this dtype."""
+    assert isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    return DenseLayer(module, dtype)
+
+
+def pattern_of(weight: Tensor) -> dict[str, float]:
+    """What a kernel's time may depend on besides the number of non-zeros, coarsely.
+
+    Shares of vectors of 4 and 16 rows, of 4 columns, of rows and of columns that hold a non-zero,
+    and the fullest row against the mean.
+    """
+    kept = weight.detach().reshape(weight.shape[0], -1) != 0
+    rows = kept.sum(1)
+    mean = max(float(rows.double().mean()), 1e-9)
+    return {
+        "vector4": _share(kept, 4),
+        "vector16": _share(kept, 16),
+        "run4": _share(kept.t(), 4),
+        "rows": round(float((rows > 0).double().mean()), 2),
+        "columns": round(float(kept.any(0).double().mean()), 2),
+        "fullest": round(float(rows.max()) / mean, 0),
+    }
+
+
+def _share(kept: Tensor, size: int) -> float:
+    """Share of groups of `size` rows in a column that hold anything; a rest is left out."""
+    whole = kept[: len(kept) // size * size].reshape(-1, size, kept.shape[1])
+    return round(float(whole.any(1).double().mean()), 2) if whole.numel() else 1.0

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from prunus import kernels
 from prunus.errors import ShapeError
+from prunus.runtime.epilogue import addable
 from prunus.runtime.modules import PaddingMode, SparseConv, copied, filled
-from prunus.runtime.weight import addable, pack_weight
+from prunus.runtime.weight import pack_weight
 
 
 class SparseConv1d(SparseConv):

@@ -36,7 +36,7 @@ class Forward:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            "__reduce_ex__": lambda module, _: (_revived, (base, self), _state(module)),
+            "__reduce_ex__": lambda module, _: (_revived, (base, self), state_of(module)),
             "forward": scope["forward"],
             "prunus_forward": self,
         }
@@ -72,7 +72,7 @@ def _revived(base: type[nn.Module], forward: Forward) -> nn.Module:
     return cast(nn.Module, made.__new__(made))
 
 
-def _state(module: nn.Module) -> Any:
+def state_of(module: nn.Module) -> Any:
     """What a copy is filled with."""
     reduce = getattr(module, "__getstate__", None)
     return reduce() if reduce is not None else dict(vars(module))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
-from prunus.runtime.candidates import KINDS, Call, Calls
+from prunus.runtime.candidates import KINDS, Call, Calls, first_of
 
 # What a forward pass that meets tracing proxies in place of tensors may fail with.
 UNTRACEABLE = (
@@ -41,7 +41,7 @@ class Chain:
 
 
 def chains(model: nn.Module, example: Any, calls: Calls) -> list[Chain]:
-    """Every layer that is called once and followed by a batch norm, an activation or both.
+    """Every layer called once in each example and followed by a batch norm, an activation or both.
 
     From a torch.fx trace, or where that fails from neighbours in nn.Sequential. The model is run on
     proxies, so give a copy whose buffers may change. calls: of `candidates.record`.
@@ -49,12 +49,13 @@ def chains(model: nn.Module, example: Any, calls: Calls) -> list[Chain]:
     follows = _traced(model, example)
     follows = dict(_neighbours(model)) if follows is None else follows
     found = []
+    examples = len(example) if isinstance(example, list) else 1
     for name, module in model.named_modules():
-        once = sum(calls.get(name, Counter()).values()) == 1
+        once = sum(calls.get(name, Counter()).values()) == examples
         if not (once and type(module) in KINDS and plain(module)):
             continue
         norm = follows.get(name, "")
-        if norm and not _foldable(module, model.get_submodule(norm), next(iter(calls[name]))):
+        if norm and not _foldable(module, model.get_submodule(norm), calls[name]):
             norm = ""
         last = follows.get(norm or name, "")
         if last and not activation_name(model.get_submodule(last)):
@@ -114,13 +115,14 @@ def plain(module: nn.Module) -> bool:
     return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
-def _foldable(layer: nn.Module, norm: nn.Module, call: Call) -> bool:
-    """Whether the batch norm scales each output of the layer; call: the layer's."""
+def _foldable(layer: nn.Module, norm: nn.Module, calls: Mapping[Call, int]) -> bool:
+    """Whether the batch norm scales each output of the layer; calls: the layer's."""
     kind = nn.BatchNorm2d if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d
     weight = layer._parameters.get("weight")
     if type(norm) is not kind or weight is None or not plain(norm):
         return False
-    if len(call.shape) != {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4}[type(layer)]:
+    dims = 2 if isinstance(layer, nn.Linear) else weight.dim()
+    if any(len(call.shape) != dims for call in calls):
         return False
     values = [*layer._parameters.values(), *norm._parameters.values(), *norm._buffers.values()]
     same = all(v is None or v.device == weight.device for v in values)
@@ -160,10 +162,11 @@ def _traced(model: nn.Module, example: Any) -> dict[str, str] | None:
 def _defaults(model: nn.Module, example: Any) -> dict[str, Any]:
     """Arguments of forward that the example leaves at their defaults."""
     signature = inspect.signature(model.forward)
+    example = first_of(example)
     if isinstance(example, Mapping):
         bound = signature.bind(**example)
     else:
-        bound = signature.bind(*(example if isinstance(example, (tuple, list)) else (example,)))
+        bound = signature.bind(*(example if isinstance(example, tuple) else (example,)))
     return {
         name: parameter.default
         for name, parameter in signature.parameters.items()

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from prunus import kernels
 from prunus.errors import ShapeError
+from prunus.runtime.epilogue import addable
 from prunus.runtime.ops import blob_array, convolved, geometry_of, kept_geometry, linear_rows
-from prunus.runtime.weight import PackedWeight, addable, check_blob, observed, pack_weight
+from prunus.runtime.weight import PackedWeight, check_blob, observed, pack_weight
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -27,9 +28,9 @@ class SparseLinear(PackedWeight):
         self.out_features, self.in_features = rows, columns
 
     @classmethod
-    def from_dense(cls, module: nn.Linear) -> SparseLinear:
-        """Pack the non-zeros of a dense layer."""
-        return cls(pack_weight(module.weight), copied(module.bias))
+    def from_dense(cls, module: nn.Linear, kind: str = "csr_f32") -> SparseLinear:
+        """Pack the non-zeros of a dense layer; kind as in `kernels.pack`, bf16 and int8 round."""
+        return cls(pack_weight(module.weight, kind=kind), copied(module.bias))
 
     def to_dense(self) -> nn.Linear:
         """The same layer as nn.Linear, in eval mode, without a fused activation."""

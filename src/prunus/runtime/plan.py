@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 SPARSE = "csr"
 DIRECT = "direct"
 """A dense convolution through the packed kernels: depthwise ones and those of few channels."""
 DENSE = "dense"
+DENSE_BF16 = "dense bf16"
+BITMAP = "bitmap"
+BITMAP_BF16 = "bitmap bf16"
+BITMAP_INT8 = "bitmap int8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +34,9 @@ class Layer:
 class Row:
     """The decision for one layer; times in seconds, None where nothing was measured.
 
-    `fused` names what the layer does besides, "batch norm, relu" for instance.
+    `sparse_seconds` is of the fastest sparse way, `dense_seconds` of the fastest dense one that was
+    allowed. `fused` names what the layer does besides, "batch norm, relu" for instance. `switch` is
+    ((largest N, choice), ...) where the layer keeps its weight in several ways.
     """
 
     name: str
@@ -41,15 +48,24 @@ class Row:
     sparse_seconds: float | None = None
     dense_seconds: float | None = None
     fused: str = ""
+    switch: tuple[tuple[float, str], ...] = ()
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the layer runs sparse, for some input sizes at least."""
+        ways = {choice for _, choice in self.switch} or {self.choice}
+        return not ways <= {DENSE, DENSE_BF16, DIRECT}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The decisions for a whole model, printable with `str` and storable with `to_dict`.
 
-    `sparse_seconds` and `dense_seconds` are whole-model medians on the example, None where nothing
-    was measured; `reason` says what the whole-model step concluded; `layout` is "channels_last" if
-    the convolutions run fastest with the channels innermost, else "".
+    `sparse_seconds` and `dense_seconds` are whole-model times on the example (their sum if there
+    are several), None where nothing was measured; `reason` says what the whole-model step
+    concluded; `layout` is "channels_last" if the convolutions run fastest with the channels
+    innermost, else ""; `dtype` is "bfloat16" if all that is dense computes in it, else "float32";
+    `merged` names layers that read the same input and became one.
     """
 
     rows: tuple[Row, ...]
@@ -60,6 +76,8 @@ class Plan:
     sparse_seconds: float | None = None
     dense_seconds: float | None = None
     layout: str = ""
+    dtype: str = "float32"
+    merged: tuple[tuple[str, ...], ...] = ()
 
     @property
     def speedup(self) -> float | None:
@@ -71,19 +89,31 @@ class Plan:
     @property
     def sparse_layers(self) -> tuple[str, ...]:
         """Names of the layers that run sparse."""
-        return tuple(row.name for row in self.rows if row.choice == SPARSE)
+        return tuple(row.name for row in self.rows if row.sparse)
 
     def choose(self, layer: Layer) -> str:
         """The choice made for a layer, dense for an unknown one; fits `compile(choose=)`."""
-        for row in self.rows:
-            if row.name == layer.name and row.shape == layer.shape:
-                return row.choice
-        return DENSE
+        row = self.row_of(layer)
+        return DENSE if row is None else row.choice
+
+    def row_of(self, layer: Layer) -> Row | None:
+        """The row of a layer with this name and shape."""
+        known = (row for row in self.rows if (row.name, row.shape) == (layer.name, layer.shape))
+        return next(known, None)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain numbers, strings, lists and dicts, for JSON."""
         plain = dataclasses.asdict(self)
-        plain["rows"] = [{**row, "shape": list(row["shape"])} for row in plain["rows"]]
+        plain["rows"] = [
+            # JSON has no infinity: the last size of a switch is null.
+            {
+                **row,
+                "shape": list(row["shape"]),
+                "switch": [[None if n == math.inf else n, way] for n, way in row["switch"]],
+            }
+            for row in plain["rows"]
+        ]
+        plain["merged"] = [list(names) for names in self.merged]
         plain["speedup"] = self.speedup
         return plain
 
@@ -99,12 +129,18 @@ class Plan:
         """Whole-model times, verdict and where it was measured."""
         count = f"{len(self.sparse_layers)} of {len(self.rows)} layers sparse"
         where = f"{self.threads} thread{'s' * (self.threads != 1)}, {self.isa}, {self.machine}"
-        if self.layout:
-            count += f", {self.layout}"
+        count += "".join(f", {word}" for word in self._manner())
         if self.speedup is None:
             return f"{count}: {self.reason} ({where})"
         times = f"{duration(self.sparse_seconds)} against {duration(self.dense_seconds)} dense"
         return f"{count}: {times}, {self.speedup:.2f}x; {self.reason} ({where})"
+
+    def _manner(self) -> list[str]:
+        """What is special about the whole model."""
+        merged = [f"{sum(map(len, self.merged))} merged into {len(self.merged)}"]
+        words = [self.layout] if self.layout else []
+        words += [self.dtype] if self.dtype != "float32" else []
+        return words + (merged if self.merged else [])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -114,10 +150,19 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.kind,
         "x".join(str(size) for size in row.shape),
         f"{row.sparsity:.1%}",
-        row.choice,
+        _choice(row),
         duration(row.sparse_seconds),
         duration(row.dense_seconds),
         f"{row.reason}; with {row.fused}" if row.fused else row.reason,
+    )
+
+
+def _choice(row: Row) -> str:
+    """The choice, or one for each input size."""
+    if not row.switch:
+        return row.choice
+    return ", ".join(
+        way if largest == math.inf else f"{way} to {largest:.0f}" for largest, way in row.switch
     )
 
 

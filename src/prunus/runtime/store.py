@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from prunus import formats
 from prunus.drive import attached
-from prunus.errors import FormatError, ShapeError
+from prunus.errors import FormatError, MissingFileError, ShapeError
+from prunus.runtime.arguments import expect_module, expect_path
 from prunus.runtime.weight import PackedWeight
 from prunus.sites import unwrap
 
@@ -72,6 +74,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: str = "auto"
     torch.compile) are looked through; tied tensors are stored once. -0.0 comes back as +0.0.
     Warns while an attached schedule is unfinished; FormatError for what is not a plain tensor.
     """
+    expect_module(model)
+    expect_path(path)
+    if not Path(path).absolute().parent.is_dir():
+        raise MissingFileError(f"{os.fspath(path)}: there is no such folder; create it first")
     model = unwrap(model)
     _warn_if_unfinished(model)
     state = plain_names(model.state_dict())
@@ -105,6 +111,11 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None):
     Strict: FormatError lists missing and unexpected tensors, ShapeError lists differing shapes; the
     model is unchanged unless everything fits. Packed weights of compiled models are validated.
     """
+    expect_path(path)
+    if model is not None:
+        expect_module(model)
+    if not Path(path).exists():
+        raise MissingFileError(f"{os.fspath(path)}: there is no such file")
     entries, meta = formats.read(path)
     state = _state(path, entries, meta)
     if model is None:
@@ -113,7 +124,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None):
     _expect_fit(path, target, state)
     inner = target.state_dict()
     renamed = dict(zip(plain_names(inner), inner, strict=True))
-    target.load_state_dict({renamed[name]: tensor for name, tensor in state.items()})
+    target.load_state_dict({renamed.get(name, name): tensor for name, tensor in state.items()})
     return model
 
 
@@ -148,11 +159,12 @@ def _expect_fit(
 ) -> None:
     """Raise unless names, shapes and packed weights fit the model."""
     wanted = plain_names(model.state_dict())
+    free, optional = _of_layers(model, "free_sizes"), _of_layers(model, "optional_state")
     problems = [
         f"{what}: {', '.join(names)}"
         for what, names in (
-            ("missing in the file", [name for name in wanted if name not in state]),
-            ("not in the model", [name for name in state if name not in wanted]),
+            ("missing in the file", [n for n in wanted if n not in state and n not in optional]),
+            ("not in the model", [n for n in state if n not in wanted and n not in optional]),
         )
         if names
     ]
@@ -165,12 +177,23 @@ def _expect_fit(
     differing = [
         f"{name} is {list(state[name].shape)} in the file, {list(wanted[name].shape)} in the model"
         for name in wanted
-        if name not in blobs and state[name].shape != wanted[name].shape
+        if name in state and name not in blobs and state[name].shape != wanted[name].shape
+        if name not in free
     ]
     if differing:
         raise ShapeError(f"{path} does not fit the model: {'; '.join(differing)}")
     for name, module in blobs.items():
         module.check_packed(state[name], f"{path}: {name}")
+
+
+def _of_layers(model: nn.Module, attribute: str) -> set[str]:
+    """State-dict names that layers list under `attribute`, as packed training layers do."""
+    names = {
+        f"{path}.{leaf}": None
+        for path, module in model.named_modules()
+        for leaf in getattr(module, attribute, ())
+    }
+    return {name.removeprefix(".") for name in plain_names(names)}
 
 
 def _packed_layers(model: nn.Module) -> dict[str, PackedWeight]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,20 @@ from torch import Tensor, nn
 from prunus.errors import PrunusError
 from prunus.runtime.candidates import run
 
-RELATIVE = 1e-3
-"""Largest difference, relative to a value of the dense output."""
-ABSOLUTE = 1e-4
-"""Largest difference, relative to the largest finite value of the dense output."""
+
+class Tolerance(NamedTuple):
+    """Largest difference: relative to the value, and to the largest finite value of the output."""
+
+    relative: float
+    absolute: float
+
+
+FP32 = Tolerance(1e-3, 1e-4)
+# A bfloat16 weight or input is off by up to 2^-9 of itself; errors of many layers add up.
+BF16 = Tolerance(0.05, 0.05)
+# An int8 weight is off by up to 1/254 of the largest one of its row.
+INT8 = Tolerance(0.1, 0.1)
+TOLERANCES = {torch.float32: FP32, torch.bfloat16: BF16, torch.int8: INT8}
 
 
 class VerificationError(PrunusError, RuntimeError):
@@ -37,16 +47,17 @@ def expect_same(
     swapped: Mapping[str, nn.Module],
     example: Any,
     layers: nn.Module | None = None,
+    tolerance: Tolerance = FP32,
 ) -> None:
-    """VerificationError unless both models agree on the example within fp32 rounding.
+    """VerificationError unless both models agree on the example within the tolerance.
 
     swapped: {name: module that computes what the layer of this name computes}, in `layers`, or in
     `dense` if there is none, to find the one to blame.
     """
-    where = difference(dense, sparse, example)
+    where = difference(dense, sparse, example, tolerance)
     if where is None:
         return
-    layer = _first_layer(dense if layers is None else layers, swapped, example)
+    layer = _first_layer(dense if layers is None else layers, swapped, example, tolerance)
     blame = (
         f"the first layer that differs is {layer!r}"
         if layer is not None
@@ -58,23 +69,25 @@ def expect_same(
     )
 
 
-def difference(dense: nn.Module, sparse: nn.Module, example: Any) -> str | None:
+def difference(
+    dense: nn.Module, sparse: nn.Module, example: Any, tolerance: Tolerance = FP32
+) -> str | None:
     """Where the outputs on the example differ by more than rounding; None if they agree."""
     with same_randomness():
         wanted = list(tensors(run(dense, example)))
     with same_randomness():
         found = list(tensors(run(sparse, example)))
-    return _first_difference(wanted, found)
+    return _first_difference(wanted, found, tolerance)
 
 
 def _first_difference(
-    wanted: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]
+    wanted: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]], tolerance: Tolerance
 ) -> str | None:
     """Where two outputs differ, with the size of the difference; None if they agree."""
     if [path for path, _ in wanted] != [path for path, _ in found]:
         return "the structure of the output"
     for (path, one), (_, other) in zip(wanted, found, strict=True):
-        if not close(one, other):
+        if not close(one, other, tolerance):
             gap = "shape or dtype"
             if one.shape == other.shape:
                 gap = f"at most {float((one.double() - other.double()).abs().max()):.3g}"
@@ -82,14 +95,16 @@ def _first_difference(
     return None
 
 
-def _first_layer(dense: nn.Module, swapped: Mapping[str, nn.Module], example: Any) -> str | None:
+def _first_layer(
+    dense: nn.Module, swapped: Mapping[str, nn.Module], example: Any, tolerance: Tolerance
+) -> str | None:
     """Name of the first swapped layer whose sparse twin disagrees on the layer's own input."""
     differing: list[str] = []
 
     def comparer(name: str, twin: nn.Module):
         def hook(module: nn.Module, args: Any, named: Any, output: Tensor) -> None:
             x = args[0] if args else named["input"]
-            if not differing and not close(output, twin(x)):
+            if not differing and not close(output, twin(x), tolerance):
                 differing.append(name)
 
         return hook
@@ -107,7 +122,7 @@ def _first_layer(dense: nn.Module, swapped: Mapping[str, nn.Module], example: An
     return differing[0] if differing else None
 
 
-def close(wanted: Tensor, found: Tensor) -> bool:
+def close(wanted: Tensor, found: Tensor, tolerance: Tolerance = FP32) -> bool:
     """Equal but for rounding; NaN equals NaN; integers and bools exactly."""
     if wanted.shape != found.shape or wanted.dtype != found.dtype:
         return False
@@ -115,7 +130,9 @@ def close(wanted: Tensor, found: Tensor) -> bool:
         return torch.equal(wanted, found)
     finite = wanted[torch.isfinite(wanted)]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return torch.allclose(found, wanted, rtol=RELATIVE, atol=ABSOLUTE * scale, equal_nan=True)
+    return torch.allclose(
+        found, wanted, rtol=tolerance.relative, atol=tolerance.absolute * scale, equal_nan=True
+    )
 
 
 def tensors(value: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:

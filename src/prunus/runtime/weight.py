@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import abc
-import copy
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunus import kernels
 from prunus.errors import FormatError, ShapeError, ValueRangeError
+from prunus.runtime.epilogue import Fusing
 from prunus.runtime.ops import blob_array
 
 ALIGNMENT = 64
 
 
-def pack_weight(weight: Tensor, block: int | None = None) -> Tensor:
-    """Blob of a weight [M, ...] as the matrix [M, -1], in fp32; block as in kernels.pack."""
+def pack_weight(weight: Tensor, block: int | None = None, kind: str = "csr_f32") -> Tensor:
+    """Blob of a weight [M, ...] as the matrix [M, -1]; block and kind as in kernels.pack."""
     matrix = weight.detach().to("cpu", torch.float32).reshape(weight.shape[0], -1)
-    return torch.from_numpy(kernels.pack(matrix.contiguous().numpy(), block))
+    return torch.from_numpy(kernels.pack(matrix.contiguous().numpy(), block, kind))
 
 
 def check_blob(packed: Tensor, place: str) -> tuple[int, int]:
@@ -48,24 +46,7 @@ def aligned(packed: Tensor) -> Tensor:
     return packed.clone() if packed.data_ptr() % ALIGNMENT else packed
 
 
-def addable(x: Tensor, residual: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a kernel may add the residual to an output of this shape."""
-    if not isinstance(residual, Tensor) or residual.shape != shape or not residual.is_cpu:
-        return False
-    return x.dtype == residual.dtype == torch.float32
-
-
-_TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda total: total,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "relu6": F.relu6,
-}
-
-
-class PackedWeight(nn.Module, abc.ABC):
+class PackedWeight(Fusing, abc.ABC):
     """A layer whose weight is a packed blob; inference only, fp32 arithmetic on the CPU.
 
     Buffers: `packed` (uint8, 1-d) and `bias` ([M] or None). The blob is validated when it is given,
@@ -77,7 +58,6 @@ class PackedWeight(nn.Module, abc.ABC):
     packed: Tensor
     bias: Tensor | None
     weight_shape: tuple[int, ...]
-    activation: str = ""  # of kernels.ACTIVATIONS, applied to the output
 
     def __init__(self, packed: Tensor, bias: Tensor | None, weight_shape: tuple[int, ...]) -> None:
         """Take a blob of a [M, K] matrix; weight_shape is the dense [M, ...] with K = its rest."""
@@ -96,21 +76,16 @@ class PackedWeight(nn.Module, abc.ABC):
     def to_dense(self) -> nn.Module:
         """The same layer as a dense torch module."""
 
-    def with_activation(self, name: str) -> PackedWeight:
-        """The same layer, sharing its buffers, with this activation (kernels.ACTIVATIONS) fused."""
-        if name not in kernels.ACTIVATIONS:
-            known = ", ".join(repr(known) for known in kernels.ACTIVATIONS)
-            raise ValueRangeError(f"activation {name!r} is none of {known}")
-        twin = copy.copy(self)
-        twin._buffers = dict(self._buffers)
-        twin.activation = name
-        return twin
-
     @property
     def weight(self) -> Tensor:
         """The dense weight, fp32, unpacked anew at every access; writing to it changes nothing."""
         dense = kernels.unpack(blob_array(self.packed))
         return torch.from_numpy(dense).reshape(self.weight_shape)
+
+    @property
+    def kind(self) -> str:
+        """How the weight is packed: csr_f32, bitmap_f32, bitmap_bf16 or bitmap_i8."""
+        return kernels.info(blob_array(self.packed)).kind
 
     @property
     def nonzeros(self) -> int:
@@ -125,6 +100,8 @@ class PackedWeight(nn.Module, abc.ABC):
 
     def sparse_counts(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """{parameter: (dense shape, non-zeros)} of the dense layer that this one stands for."""
+        if not self.counted:
+            return {}
         counts = {"weight": (self.weight_shape, self.nonzeros)}
         if self.bias is not None:
             counts["bias"] = (tuple(self.bias.shape), int(self.bias.count_nonzero()))
@@ -179,8 +156,7 @@ class PackedWeight(nn.Module, abc.ABC):
 
     def _apart(self, x: Tensor, residual: Tensor) -> Tensor:
         """The layer where a kernel cannot add the residual: it broadcasts, or is not fp32."""
-        total = self.with_activation("")(x) + residual
-        return _TORCH_ACTIVATIONS[self.activation](total)
+        return self.finished(self.with_activation("")(x), residual)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **named: Any

@@ -93,9 +93,9 @@ def adaptive(
     lambda = strength (1 - 1 / (1 + sensitivity GL)), GL = 100 (E_va / min E_va - 1), the loss of
     generalisation in percent, from the validation loss E_va at each update. While E_va is at its
     lowest nothing is removed; never beyond `sparsity`. Attach with validate=.
-    Source: Prechelt 1997, Neurocomputing 16 (lprune). Differs: lambda is the fraction removed of
-    what is kept, where the paper removes the connections whose test statistic lies below lambda
-    times the mean of all.
+    Source: Prechelt 1997, Neurocomputing 16 (lprune); its constants are quoted from memory, the
+    text was not at hand. Differs: lambda is the fraction removed of what is kept, where the paper
+    removes the connections whose test statistic lies below lambda times the mean of all.
     """
     check_sparsity(sparsity)
     check_sparsity(strength, "strength")

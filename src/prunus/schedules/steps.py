@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from prunus.core import Schedule, check_sparsity
+from prunus.core import Schedule, check_sparsity, check_steps
 from prunus.errors import ValueRangeError
 
 
 def one_shot(sparsity: float, step: int = 0) -> Schedule:
     """Reach `sparsity` in one update, at `step`."""
     check_sparsity(sparsity)
-    _check_steps(step=step)
+    check_steps(step=step)
     return Schedule(
         f"one_shot({sparsity:g}, step={step})",
         lambda now: sparsity if now == step else None,
@@ -28,7 +28,7 @@ def constant(sparsity: float, every: int, stop: int) -> Schedule:
     Raises ValueRangeError unless every >= 1 and stop >= 1.
     """
     check_sparsity(sparsity)
-    _check_steps(every=every, stop=stop)
+    check_steps(every=every, stop=stop)
     if every < 1 or stop < 1:
         raise ValueRangeError(f"every and stop are at least 1, got every={every}, stop={stop}")
     return Schedule(
@@ -46,7 +46,7 @@ def iterative(sparsity: float, rounds: int, every: int, begin: int = 0) -> Sched
     Source: Han, Pool, Tran, Dally 2015, arXiv 1506.02626; Frankle & Carbin 2019, arXiv 1803.03635.
     """
     check_sparsity(sparsity)
-    _check_steps(rounds=rounds, every=every, begin=begin)
+    check_steps(rounds=rounds, every=every, begin=begin)
     if rounds < 1 or every < 1:
         raise ValueRangeError(f"rounds and every are at least 1, got {rounds} and {every}")
 
@@ -118,7 +118,7 @@ def _ramp(
 ) -> Schedule:
     check_sparsity(sparsity)
     check_sparsity(initial, "initial")
-    _check_steps(begin=begin, end=end, every=every)
+    check_steps(begin=begin, end=end, every=every)
     if end < begin or every < 1:
         raise ValueRangeError(
             f"a ramp needs begin <= end and every >= 1, got begin={begin}, end={end}, every={every}"
@@ -133,9 +133,3 @@ def _ramp(
 
     name = f"{kind}({sparsity:g}, begin={begin}, end={end}, every={every})"
     return Schedule(name, at, final=sparsity, last=end, gradual=True)
-
-
-def _check_steps(**steps: int) -> None:
-    for name, value in steps.items():
-        if value < 0 or value != int(value):
-            raise ValueRangeError(f"{name} counts optimizer steps and cannot be {value!r}")

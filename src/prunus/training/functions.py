@@ -22,11 +22,19 @@ Rows = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Way:
-    """How a layer computes: its pattern; native kernels or torch's; who reads its gradient rows."""
+    """How a layer computes: its pattern; native kernels or torch's; who reads its gradient rows.
+
+    forward_set: bool [nnz], the values that products use (None: all); gradients reach all.
+    """
 
     pattern: Pattern
     native: bool = True
     watch: Callable[[Rows], None] | None = None
+    forward_set: Tensor | None = None
+
+    def used(self, values: Tensor) -> Tensor:
+        """The values that products use."""
+        return values if self.forward_set is None else values.detach() * self.forward_set
 
 
 class LinearStep(torch.autograd.Function):
@@ -34,23 +42,25 @@ class LinearStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, way: Way) -> Tensor:
-        """Multiply; keeps x and the values."""
+        """Multiply in the dtype of the values; keeps x, as it was given, and the values."""
         ctx.save_for_backward(x, values)
-        ctx.way = way
-        return multiply(way.pattern, values, x, bias, native=way.native)
+        ctx.way, wide = way, x.to(values.dtype)
+        return multiply(way.pattern, way.used(values), wide, bias, native=way.native).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients to x [N, K], to the values [nnz] and to the bias [M]."""
-        (g,) = grads
-        x, values = ctx.saved_tensors
+        given, values = ctx.saved_tensors
+        x, g = given.to(values.dtype), grads[0].to(values.dtype)
         pattern, native = ctx.way.pattern, ctx.way.native
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         if ctx.way.watch is not None:
-            ctx.way.watch(lambda begin, end: g[:, begin:end].t() @ x)
-        grad_x = multiply_transposed(pattern, values, g, native=native) if want_x else None
+            ctx.way.watch(outer_rows(x, g))
+        used = ctx.way.used(values)
+        grad_x = multiply_transposed(pattern, used, g, native=native) if want_x else None
         grad_values = sampled(pattern, x, g, native=native) if want_values else None
+        grad_x = None if grad_x is None else grad_x.to(given.dtype)
         return grad_x, grad_values, g.sum(0) if want_bias else None, None
 
 
@@ -63,41 +73,68 @@ class ConvolutionStep(torch.autograd.Function):
     ) -> Tensor:
         """Multiply a few images at a time; keeps x and the values, never the unfolded images."""
         ctx.save_for_backward(x, values)
-        ctx.way, ctx.window = way, window
+        ctx.way, ctx.window, dtype = way, window, x.dtype
+        x, values = x.to(values.dtype), way.used(values)
         if way.native and runs_native(x, values, bias):
-            return convolve(way.pattern, values, x, bias, window)
+            return convolve(way.pattern, values, x, bias, window).to(dtype)
         pattern, size = way.pattern, window.output(x.shape[2], x.shape[3])
         y = x.new_empty((x.shape[0], pattern.shape[0], *size))
         for part in images(x, pattern.shape[1], size):
-            planes = multiply(pattern, values, seen(x[part], window), bias, True, native=False)
-            y[part] = planes.unflatten(1, (-1, *size)).transpose(0, 1)
-        return y
+            for i, (piece, first, last) in enumerate(pattern.parts(window.groups)):
+                rows = share(i, window, pattern.shape[0])
+                offset = None if bias is None else bias[rows]
+                columns = seen(x[part][:, share(i, window, x.shape[1])], window)
+                planes = multiply(piece, values[first:last], columns, offset, True, native=False)
+                y[part, rows] = planes.unflatten(1, (-1, *size)).transpose(0, 1)
+        return y.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients to x, to the values and to the bias."""
-        (g,) = grads
-        x, values = ctx.saved_tensors
+        given, values = ctx.saved_tensors
+        x, g = given.to(values.dtype), grads[0].to(values.dtype)
         way, window = ctx.way, ctx.window
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         if way.watch is not None:
-            way.watch(lambda begin, end: _rows(x, g[:, begin:end], window))
-        grad_x = _input_gradient(way, values, x, g, window) if want_x else None
+            way.watch(outer_rows(x, g, window))
+        grad_x = _input_gradient(way, way.used(values), x, g, window) if want_x else None
         grad_values = _value_gradient(way, values, x, g, window) if want_values else None
+        grad_x = None if grad_x is None else grad_x.to(given.dtype)
         return grad_x, grad_values, g.sum((0, 2, 3)) if want_bias else None, None, None
 
 
+def outer_rows(x: Tensor, y: Tensor, window: Window | None = None) -> Rows:
+    """Rows of y^T x over all examples [..., features], or of what a convolution's window sees."""
+    if window is not None:
+        x, y = (t if t.dim() == 4 else t.unsqueeze(0) for t in (x, y))
+        return lambda begin, end: _rows(x, y, window, begin, end)
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    return lambda begin, end: y[:, begin:end].t() @ x
+
+
+def share(group: int, window: Window, channels: int) -> slice:
+    """The channels of a group."""
+    each = channels // window.groups
+    return slice(group * each, (group + 1) * each)
+
+
 def _parts(x: Tensor, g: Tensor, window: Window) -> list[slice]:
-    rows = x.shape[1] * window.kernel[0] * window.kernel[1]
+    rows = x.shape[1] // window.groups * window.kernel[0] * window.kernel[1]
     return images(x, rows, (g.shape[2], g.shape[3]))
 
 
-def _rows(x: Tensor, g: Tensor, window: Window) -> Tensor:
-    """Rows of the dense gradient to the weight, for these output channels of g."""
-    total = x.new_zeros(g.shape[1], x.shape[1] * window.kernel[0] * window.kernel[1])
-    for part in _parts(x, g, window):
-        total += g[part].transpose(0, 1).flatten(1) @ seen(x[part], window).t()
+def _rows(x: Tensor, g: Tensor, window: Window, begin: int, end: int) -> Tensor:
+    """Rows [begin, end) of the dense gradient to the weight."""
+    width = x.shape[1] // window.groups * window.kernel[0] * window.kernel[1]
+    total = x.new_zeros(end - begin, width)
+    for i in range(window.groups):
+        mine = share(i, window, g.shape[1])
+        low, high = max(begin, mine.start), min(end, mine.stop)
+        for part in _parts(x, g, window) if low < high else ():
+            columns = seen(x[part][:, share(i, window, x.shape[1])], window)
+            planes = g[part][:, low:high].transpose(0, 1).flatten(1)
+            total[low - begin : high - begin] += planes @ columns.t()
     return total
 
 
@@ -107,21 +144,26 @@ def _input_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Wind
         return convolve_back(way.pattern, values, g, window)
     out = torch.empty_like(x)
     for part in _parts(x, g, window):
-        planes = g[part].transpose(0, 1).flatten(1).contiguous()
-        back = multiply_transposed(way.pattern, values, planes, planes=True, native=native)
-        out[part] = unseen(back, window, x[part])
+        for i, (piece, first, last) in enumerate(way.pattern.parts(window.groups)):
+            mine = share(i, window, x.shape[1])
+            planes = g[part][:, share(i, window, g.shape[1])].transpose(0, 1).flatten(1)
+            given = (piece, values[first:last], planes.contiguous(), True)
+            out[part, mine] = unseen(
+                multiply_transposed(*given, native=native), window, x[part][:, mine]
+            )
     return out
 
 
 def _value_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Window) -> Tensor:
+    if way.native and runs_native(values, x, g):
+        return sampled_convolution(way.pattern, x, g, window)
     out = torch.zeros_like(values)
-    native = way.native and runs_native(values, x, g)
     for part in _parts(x, g, window):
-        if native:
-            sampled_convolution(way.pattern, x[part], g[part], window, out)
-            continue
-        planes = g[part].transpose(0, 1).flatten(1)
-        sampled(way.pattern, seen(x[part], window), planes, planes=True, out=out, native=False)
+        for i, (piece, first, last) in enumerate(way.pattern.parts(window.groups)):
+            planes = g[part][:, share(i, window, g.shape[1])].transpose(0, 1).flatten(1)
+            columns = seen(x[part][:, share(i, window, x.shape[1])], window)
+            into = out[first:last]
+            sampled(piece, columns, planes, planes=True, out=into, native=False)
     return out
 
 

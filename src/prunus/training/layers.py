@@ -17,6 +17,7 @@ from prunus.training.pattern import Pattern
 from prunus.training.window import Pair, Window
 
 _INDEX = ("offsets", "columns")
+_FORWARD = "forward_set"
 
 
 class SparseWeight(nn.Module):
@@ -26,7 +27,14 @@ class SparseWeight(nn.Module):
     (int32) and columns (the bits of uint16 in int16); loading takes the topology with it, also one
     with another number of non-zeros (then load before making the optimizer).
     native: False computes in torch with blocks of rows made dense, which wins at low sparsity.
+    forward_set: bool [nnz], what the forward pass uses and `to_dense` keeps (None: all that is
+    stored); the rest learns beside it, as in Top-KAST.
     """
+
+    free_sizes = ("values", "columns")
+    """What `load` may find with another number of elements than the layer has."""
+    optional_state = (_FORWARD,)
+    """What a state dict may hold or not."""
 
     values: nn.Parameter
     bias: nn.Parameter | None
@@ -47,6 +55,7 @@ class SparseWeight(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.native = True
         self.watch: Callable[[Rows], None] | None = None
+        self.forward_set: Tensor | None = None
 
     @property
     def nonzeros(self) -> int:
@@ -61,18 +70,19 @@ class SparseWeight(nn.Module):
     def dense_weight(self) -> Tensor:
         """The dense weight, made anew, detached."""
         flat = self.values.new_zeros(math.prod(self.shape), requires_grad=False)
-        flat[self.pattern.places().to(flat.device)] = self.values.detach()
+        flat[self.pattern.places().to(flat.device)] = self._way().used(self.values.detach())
         return flat.view(self.shape)
 
     def mask(self) -> Tensor:
-        """Bool tensor of the weight's shape, True = stored."""
+        """Bool tensor of the weight's shape, True = stored and in the forward set."""
         flat = torch.zeros(math.prod(self.shape), dtype=torch.bool)
-        flat[self.pattern.places()] = True
+        flat[self.pattern.places()] = True if self.forward_set is None else self.forward_set
         return flat.view(self.shape)
 
     def sparse_counts(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """{parameter: (dense shape, non-zeros)} of the dense layer that this one stands for."""
-        counts = {"weight": (self.shape, self.nonzeros)}
+        used = self.nonzeros if self.forward_set is None else int(self.forward_set.sum())
+        counts = {"weight": (self.shape, used)}
         if self.bias is not None:
             counts["bias"] = (tuple(self.bias.shape), int(self.bias.count_nonzero()))
         return counts
@@ -84,6 +94,8 @@ class SparseWeight(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}offsets"] = self.pattern.offsets.clone()
         destination[f"{prefix}columns"] = self.pattern.columns.clone()
+        if self.forward_set is not None:
+            destination[f"{prefix}{_FORWARD}"] = self.forward_set.clone()
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **named: Any
@@ -96,7 +108,8 @@ class SparseWeight(nn.Module):
         )
         if isinstance(offsets, Tensor) and isinstance(columns, Tensor):
             try:
-                self._take(Pattern(self.pattern.shape, offsets, columns), values)
+                chosen = state_dict.get(f"{prefix}{_FORWARD}")
+                self._take(Pattern(self.pattern.shape, offsets, columns), values, chosen)
             except FormatError as error:
                 given["error_msgs"].append(f"{prefix}values: {error}")
                 return
@@ -104,26 +117,24 @@ class SparseWeight(nn.Module):
             given["missing_keys"] += [
                 f"{prefix}{n}" for n in _INDEX if f"{prefix}{n}" not in state_dict
             ]
-        index = {f"{prefix}{name}" for name in _INDEX}
+        index = {f"{prefix}{name}" for name in (*_INDEX, _FORWARD)}
         plain = {name: value for name, value in state_dict.items() if name not in index}
         super()._load_from_state_dict(plain, prefix, *given.values())
 
-    def _take(self, pattern: Pattern, values: Tensor | None) -> None:
+    def _take(self, pattern: Pattern, values: Tensor | None, chosen: Tensor | None) -> None:
         """Replace the topology; FormatError if the values do not fit it."""
         if values is None or values.shape != (pattern.nnz,):
             held = "no" if values is None else values.numel()
             raise FormatError(f"{held} values for {pattern.nnz} places")
-        self.pattern = pattern
+        if chosen is not None and (chosen.shape != values.shape or chosen.dtype != torch.bool):
+            raise FormatError(f"a forward set of {chosen.numel()} for {pattern.nnz} places")
+        self.pattern, self.forward_set = pattern, None if chosen is None else chosen.clone()
         if self.values.shape != values.shape:
             self.values.grad = None
             self.values.data = self.values.detach().new_zeros(values.shape)
 
     def _way(self) -> Way:
-        return Way(self.pattern, self.native, self.watch)
-
-    def _inputs(self, x: Tensor) -> Tensor:
-        """Return x in the dtype of the values: half inputs are computed in float32."""
-        return x if x.dtype == self.values.dtype else x.to(self.values.dtype)
+        return Way(self.pattern, self.native, self.watch, self.forward_set)
 
 
 class TrainableLinear(SparseWeight):
@@ -166,9 +177,9 @@ class TrainableLinear(SparseWeight):
         """Map [..., in] to [..., out]; ShapeError where the width differs."""
         if input.shape[-1:] != (self.in_features,):
             raise ShapeError(f"input is {list(input.shape)}, not [..., {self.in_features}]")
-        flat = self._inputs(input).reshape(-1, self.in_features)
+        flat = input.reshape(-1, self.in_features)
         y = _linear(flat, self.values, self.bias, self._way())  # pyright: ignore[reportCallIssue]
-        return y.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+        return y.reshape(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Sizes and sparsity."""
@@ -179,7 +190,7 @@ class TrainableLinear(SparseWeight):
 
 
 class TrainableConv2d(SparseWeight):
-    """A 2-d convolution (groups = 1, zero padding) with a sparse weight, for training."""
+    """A 2-d convolution (zero padding) with a sparse weight, for training."""
 
     def __init__(
         self,
@@ -189,13 +200,14 @@ class TrainableConv2d(SparseWeight):
         in_channels: int,
         window: Window,
     ) -> None:
-        """See SparseWeight; pattern: over [out, in kh kw]."""
-        super().__init__(pattern, values, bias, (pattern.shape[0], in_channels, *window.kernel))
+        """See SparseWeight; pattern: over [out, in / groups kh kw]."""
+        shape = (pattern.shape[0], in_channels // window.groups, *window.kernel)
+        super().__init__(pattern, values, bias, shape)
         self.in_channels, self.out_channels, self.window = in_channels, pattern.shape[0], window
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d, mask: Tensor | None = None) -> TrainableConv2d:
-        """Take the kept weights of a dense convolution; ShapeError for groups or odd padding."""
+        """Take the kept weights of a dense convolution; ShapeError if `unsupported`."""
         reason = unsupported(module)
         if reason:
             raise ShapeError(f"{module} cannot be trained packed: {reason}; keep it dense")
@@ -204,6 +216,7 @@ class TrainableConv2d(SparseWeight):
             _pair(module.stride),
             _padding(module),
             _pair(module.dilation),
+            module.groups,
         )
         pattern, values = _packed(module.weight, mask)
         return cls(pattern, values, module.bias, module.in_channels, window)
@@ -213,7 +226,7 @@ class TrainableConv2d(SparseWeight):
         w = self.window
         dense = nn.Conv2d(
             self.in_channels, self.out_channels, w.kernel, w.stride, w.padding, w.dilation,
-            bias=self.bias is not None, device="meta",
+            w.groups, bias=self.bias is not None, device="meta",
         )  # fmt: skip
         return _filled(dense, self)
 
@@ -221,10 +234,10 @@ class TrainableConv2d(SparseWeight):
         """Map [B, C, H, W] or [C, H, W]; ShapeError where the channels differ."""
         if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ShapeError(f"input is {list(input.shape)}, not [B, {self.in_channels}, H, W]")
-        x = self._inputs(input if input.dim() == 4 else input.unsqueeze(0))
+        x = input if input.dim() == 4 else input.unsqueeze(0)
         given = (x, self.values, self.bias, self._way(), self.window)
         y = _convolution(*given)  # pyright: ignore[reportCallIssue]
-        return (y if input.dim() == 4 else y.squeeze(0)).to(input.dtype)
+        return y if input.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
         """Sizes and sparsity."""
@@ -246,8 +259,8 @@ def _convolution(*args: Any) -> Any:
 
 def unsupported(module: nn.Conv2d) -> str:
     """Say why a convolution cannot be trained packed; empty if it can."""
-    if module.groups != 1:
-        return f"groups={module.groups}"
+    if module.groups > 1 and module.groups == module.in_channels:
+        return f"groups={module.groups}: one input channel each leaves nothing to leave out"
     if module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}"
     spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class Pattern:
     """The places of the non-zeros of a [rows, columns] matrix, ordered by row, then column.
 
     offsets: int32 [rows + 1]; columns: int16 [nnz], the bits of uint16. Never changed: a new
-    topology is a new Pattern. The transposed index (int16 + int32 per non-zero) is built when the
+    topology is a new Pattern. The transposed columns (int16 per non-zero) are built when the
     gradient to the input is first wanted. Raises ShapeError beyond 65536 rows or columns and
     FormatError for an index that is not sorted, unique and in bounds.
     """
@@ -40,7 +41,8 @@ class Pattern:
         self.nnz = self.columns.numel()
         self._check()
         self._header = _header(shape, self.nnz)
-        self._turned: dict[int, tuple[np.ndarray, Tensor, Tensor, Tensor]] = {}
+        self._parts: dict[int, list[tuple[Pattern, int, int]]] = {}
+        self._turned: dict[tuple[int, int], tuple[np.ndarray, Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, shape: tuple[int, int], places: Tensor) -> Pattern:
@@ -63,6 +65,27 @@ class Pattern:
         starts[offsets] = True
         if bool(((columns[1:] <= columns[:-1]) & ~starts[1 : self.nnz]).any()):
             raise FormatError("the columns of a row are not sorted and unique")
+
+    def parts(self, groups: int) -> list[tuple[Pattern, int, int]]:
+        """The patterns of equal groups of rows, each with its range of non-zeros; kept."""
+        if groups == 1:
+            return [(self, 0, self.nnz)]
+        if groups not in self._parts:
+            height = self.shape[0] // groups
+            cuts = [int(self.offsets[g * height]) for g in range(groups + 1)]
+            self._parts[groups] = [
+                (
+                    Pattern(
+                        (height, self.shape[1]),
+                        self.offsets[g * height : (g + 1) * height + 1] - cuts[g],
+                        self.columns[cuts[g] : cuts[g + 1]],
+                    ),
+                    cuts[g],
+                    cuts[g + 1],
+                )
+                for g in range(groups)
+            ]
+        return self._parts[groups]
 
     def wide_columns(self) -> Tensor:
         """Columns as int32 [nnz]."""
@@ -89,36 +112,30 @@ class Pattern:
         """Address of a kernel blob's header over this index and `values` (float32, kept alive)."""
         return _point(self._header, self.offsets, self.columns, values)
 
-    def turned_address(self, values: Tensor, scratch: Tensor, area: int = 1) -> int:
-        """As `address`, of the transposed matrix; its values are gathered into `scratch` [nnz].
+    def turned_address(
+        self, native: ModuleType, values: Tensor, scratch: Tensor, area: int = 1, groups: int = 1
+    ) -> int:
+        """As `address`, of the transposed matrix; its values are sorted into `scratch` [nnz].
 
-        area: of a convolution's kernel; then the matrix [M, C area] becomes [C, M area], with
-        every kernel flipped (its elements in reverse).
+        area: of a convolution's kernel; then the matrix [M, C / groups area] becomes
+        [C, M / groups area], with every kernel flipped (its elements in reverse). Kernels only.
         """
-        header, offsets, columns, order = self._transposed(area)
-        torch.index_select(values, 0, order, out=scratch)
-        return _point(header, offsets, columns, scratch)
-
-    def _transposed(self, area: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-        if area not in self._turned:
-            shape = (self.shape[1] // area, self.shape[0] * area)
-            columns = self.columns.numpy().view(np.uint16)
-            wide = columns.astype(np.int32)
-            channel, place = np.divmod(wide, area)
-            target = self.rows().to(torch.int32).numpy() * area + (area - 1 - place)
-            if area == 1:
-                order = np.argsort(columns, kind="stable")  # a radix sort for 16-bit keys
+        values = values.contiguous()
+        address = self.address(values)
+        if (area, groups) not in self._turned:
+            shape = (self.shape[1] // area * groups, self.shape[0] // groups * area)
+            offsets = torch.empty(shape[0] + 1, dtype=torch.int32)
+            columns = torch.empty(self.nnz, dtype=torch.int16)
+            if self.nnz:
+                places = (offsets.data_ptr(), columns.data_ptr())
+                native.turn_ptr(address, area, groups, *places)
             else:
-                order = np.lexsort((target, channel))
-            offsets = np.zeros(shape[0] + 1, np.int32)
-            np.cumsum(np.bincount(channel, minlength=shape[0]), out=offsets[1:])
-            self._turned[area] = (
-                _header(shape, self.nnz),
-                torch.from_numpy(offsets),
-                torch.from_numpy(target[order].astype(np.uint16).view(np.int16)),
-                torch.from_numpy(order.astype(np.int32)),
-            )
-        return self._turned[area]
+                offsets.zero_()
+            self._turned[area, groups] = (_header(shape, self.nnz), offsets, columns)
+        header, offsets, columns = self._turned[area, groups]
+        if self.nnz:
+            native.turn_ptr(address, area, groups, offsets.data_ptr(), 0, scratch.data_ptr())
+        return _point(header, offsets, columns, scratch)
 
     @property
     def nbytes(self) -> int:

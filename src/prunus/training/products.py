@@ -67,8 +67,9 @@ def multiply_transposed(
         return _multiply_transposed_blocks(pattern, values, g, planes)
     out = g.new_empty((columns, n) if planes else (n, columns))
     if out.numel():
+        assert NATIVE is not None
         g = g.contiguous()
-        blob = pattern.turned_address(values.detach(), room(pattern.nnz))
+        blob = pattern.turned_address(NATIVE, values.detach(), room(pattern.nnz))
         _run(blob, g, out, n, None, planes)
     return out
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunus import allocations, schedules, scores
@@ -36,7 +32,7 @@ def sparse_training(
     shared out by `allocation` (default erk), with the draw that rigl and set_ start from; or, with
     neither, the non-zeros of the weights. Kept weights keep their values. Make the optimizer from
     `model.parameters()` afterwards; `pr.training.dynamic` moves connections.
-    Grouped convolutions and other kinds of layers stay dense. Raises SiteError if no layer can be
+    Depthwise convolutions and other kinds of layers stay dense. Raises SiteError if no layer can be
     swapped or a weight is tied, TargetError if there is nothing to leave out, AttachError if a
     sparsifier is attached.
     """
@@ -57,7 +53,7 @@ def sparse_training(
     for site in found:
         if site.name in kept:
             path = site.name.rpartition(".")[0]
-            _put(inner, path, _pack(inner.get_submodule(path), kept[site.name]))
+            put(inner, path, _pack(inner.get_submodule(path), kept[site.name]))
     return model
 
 
@@ -105,7 +101,8 @@ def _pack(module: nn.Module, mask: Tensor) -> SparseWeight:
     return TrainableConv2d.from_dense(module, mask).train(module.training)
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace a submodule."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
@@ -116,74 +113,5 @@ def to_dense(model: nn.Module) -> nn.Module:
     for path, layer in layers_of(inner).items():
         assert isinstance(layer, (TrainableLinear, TrainableConv2d))
         if path:
-            _put(inner, path, layer.to_dense())
+            put(inner, path, layer.to_dense())
     return model
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What `tune` measured of one layer: seconds of a training step, and what it chose."""
-
-    layer: str
-    sparse: float
-    dense: float
-
-    @property
-    def native(self) -> bool:
-        """Whether the sparse kernels won."""
-        return self.sparse <= self.dense
-
-    def __str__(self) -> str:
-        """Say it in a sentence."""
-        kind = "sparse kernels" if self.native else "dense blocks"
-        return (
-            f"{self.layer}: {kind} (sparse {self.sparse * 1e3:.3g} ms, "
-            f"dense {self.dense * 1e3:.3g} ms a step)"
-        )
-
-
-def tune(model: nn.Module, inputs: Any, repetitions: int = 5) -> tuple[Choice, ...]:
-    """Measure every packed layer on this batch, both ways, and let it compute the faster way.
-
-    inputs: an example batch (tensor, tuple or dict). Memory stays nnz-sized either way. Returns
-    what was measured; the layers' `native` is set.
-    """
-    seen: dict[str, Tensor] = {}
-    layers = layers_of(sites_.unwrap(model))
-
-    def watch(name: str) -> Any:
-        return lambda module, args: seen.__setitem__(name, args[0].detach())
-
-    handles = [layer.register_forward_pre_hook(watch(n)) for n, layer in layers.items()]
-    try:
-        with torch.no_grad(), sites_.evaluating(model):
-            if isinstance(inputs, Mapping):
-                model(**inputs)
-            else:
-                model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    choices = []
-    for name, x in seen.items():
-        layer = layers[name]
-        times = {True: [], False: []}
-        for _ in range(repetitions + 1):
-            for native in times:
-                layer.native = native
-                times[native].append(_step(layer, x))
-        choice = Choice(name, min(times[True][1:]), min(times[False][1:]))
-        layer.native = choice.native
-        choices.append(choice)
-    return tuple(choices)
-
-
-def _step(layer: SparseWeight, x: Tensor) -> float:
-    """Seconds of one forward and backward pass; gradients of the parameters are left alone."""
-    x = x.clone().requires_grad_(x.is_floating_point())
-    parameters = [p for p in layer.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        start = time.perf_counter()
-        y = layer(x)
-        torch.autograd.grad(y, [x, *parameters], torch.ones_like(y))
-        return time.perf_counter() - start

@@ -9,12 +9,16 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """What a convolution sees: kernel, stride, padding and dilation, each (height, width)."""
+    """What a convolution sees: kernel, stride, padding and dilation, each (height, width).
+
+    groups: of channels, each of which sees its own share of the input only.
+    """
 
     kernel: Pair
     stride: Pair
     padding: Pair
     dilation: Pair
+    groups: int = 1
 
     def output(self, height: int, width: int) -> Pair:
         """Height and width of the result."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
+import torch
 
 from prunus import methods
 from prunus.cli import names
-from prunus.core import Allocation, Sparsifier, Structure
+from prunus.core import Allocation, Signals, Site, Sparsifier, Structure
 from prunus.errors import RecipeError
 
 
@@ -35,6 +36,33 @@ def test_methods_that_need_objects_are_left_out():
     known = names.method_names()
     assert {"gradual_magnitude", "rigl", "snip", "mine"} <= set(known)
     assert not {"Ticket", "fixed", "lottery_ticket"} & set(known)
+
+
+def test_where_a_method_starts_is_said_at_the_method():
+    fresh = {n for n in names.method_names() if names.from_initialisation(n)}
+    assert {"rigl", "snip", "random_pruning", "granet", "neural_wirings", "top_kast"} <= fresh
+    assert not {"gradual_magnitude", "one_shot_magnitude", "sparsegpt", "dynamic_surgery"} & fresh
+    assert not names.from_initialisation("mine")
+    # whatever draws its first mask at random has no use for a trained network
+    others = set(names.method_names()) - fresh - {"mine"}
+    drawn = {n for n in others if _first_mask_is_random(n)}
+    assert not drawn
+
+
+def _first_mask_is_random(name):
+    try:
+        method = names.build_method(name, {"sparsity": 0.5}, 100)
+    except TypeError:  # needs more than plain values
+        return False
+    sites = (Site("w", (6, 8)),)
+    masks = []
+    for seed in (0, 1):
+        state = method.init(sites, {"w": torch.arange(1.0, 49).reshape(6, 8)}, seed)
+        if method.needs(state) != frozenset():
+            return False
+        weights = {"w": torch.arange(1.0, 49).reshape(6, 8)}
+        masks.append(method.update(state, sites, weights, Signals()).state.masks)
+    return bool(masks[0]) and not torch.equal(masks[0]["w"], masks[1]["w"])
 
 
 @pytest.mark.parametrize("name", [n for n in names.method_names() if n != "mine"])

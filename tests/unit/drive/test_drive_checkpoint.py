@@ -97,7 +97,7 @@ def test_a_combination_takes_no_state_of_a_plain_method_nor_the_other_way_round(
     for made_with, loaded_with in ((plain, both), (both, plain)):
         (source, _), (opt, attached) = begin(made_with), begin(loaded_with)
         saved = copy.deepcopy(source.state_dict())
-        with pytest.raises(AttachError, match="another combination of methods"):
+        with pytest.raises(AttachError, match="another method or combination of methods"):
             opt.load_state_dict(saved)
         assert attached.sparsity == 0.5
 
@@ -111,3 +111,19 @@ def test_the_state_is_in_what_is_saved_and_not_in_the_living_groups():
     assert KEY not in opt.param_groups[0]
     attached.detach()
     assert KEY not in opt.state_dict()["param_groups"][0]
+
+
+def test_a_checkpoint_of_another_method_is_refused_and_other_arguments_are_not():
+    (source, _), (opt, attached) = (
+        begin(pr.methods.one_shot_magnitude(0.5)),
+        begin(pr.methods.random_pruning(0.75)),
+    )
+    saved = copy.deepcopy(source.state_dict())
+    with pytest.raises(AttachError, match=r"made with .*one_shot_magnitude.*than random_pruning"):
+        opt.load_state_dict(saved)
+    assert attached.sparsity == 0.75
+    other, attached = begin(pr.methods.one_shot_magnitude(0.9))
+    other.load_state_dict(copy.deepcopy(saved))
+    assert attached.sparsity == 0.5
+    del saved["param_groups"][0][KEY]["method"]  # as written before methods were named
+    opt.load_state_dict(saved)

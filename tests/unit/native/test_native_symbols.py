@@ -16,6 +16,7 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
+FLAGS["avx512_vnni"] = [*FLAGS["avx512"], "-mavx512vbmi2", "-mavx512vnni"]
 
 needs_tools = pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("nm")) or platform.machine() != "x86_64",
@@ -67,7 +68,7 @@ def test_the_test_would_see_a_weak_symbol(tmp_path):
 
 def test_the_flags_are_those_of_the_build():
     text = (NATIVE / "CMakeLists.txt").read_text()
-    for isa in ("avx2", "avx512"):
+    for isa in ("avx2", "avx512", "avx512_vnni"):
         pattern = rf'isa/{isa}\.cpp PROPERTIES COMPILE_OPTIONS\s+"([^"]+)"'
         match = re.search(pattern, text)
         assert match is not None

@@ -45,4 +45,4 @@ def test_the_clock_may_choose_direct_only_below_the_sparsity_for_csr():
     plan = compile(model, x).plan
     assert {row.choice for row in plan.rows} <= {"direct", "dense"}
     assert plan.rows[2].reason == "less than 25% sparse"
-    assert all("dense" in row.reason for row in plan.rows[:2])
+    assert all("x" in row.reason and "sparse; " in row.reason for row in plan.rows[:2])

@@ -6,38 +6,38 @@ import dataclasses
 import json
 
 import pytest
-from torch import nn
 
 from prunus.runtime import Plan, Row
-from prunus.runtime.compile import _judged
 from prunus.runtime.measure import interleaved, machine
 from prunus.runtime.plan import duration
+from prunus.runtime.whole import Form, judged
 
 HEAD = ("layer", "kind", "shape", "sparsity", "choice", "sparse", "dense", "reason")
 
 
+ONE = Row("a", "linear", (4, 4), 0.9, "csr", "2.00x dense", sparse_seconds=1, dense_seconds=2)
+TWO = Row("b", "linear", (4, 4), 0.1, "dense", "less than 25% sparse")
+DENSE, SPARSE = Form(False), Form(True)
+DENSE_LAST, SPARSE_LAST = Form(False, last=True), Form(True, last=True)
+
+
 def test_a_model_slower_as_a_whole_goes_back_to_dense():
-    rows = (
-        Row("a", "linear", (4, 4), 0.9, "csr", "2.00x dense", 1.0, 2.0),
-        Row("b", "linear", (4, 4), 0.1, "dense", "less than 25% sparse"),
-    )
-    plan = Plan(rows, 1, "avx2", "box", "not measured as a whole")
-    twins = {"a": nn.Identity()}
-    kept, layers = _judged(plan, twins, {"sparse": 1.0, "dense": 2.0})
-    assert layers == twins
-    assert kept.rows == rows
+    plan = Plan((ONE, TWO), 1, "avx2", "box", "not measured as a whole")
+    kept, form = judged(plan, {SPARSE: [1.0], DENSE: [2.0]})
+    assert form == SPARSE
+    assert kept.rows == plan.rows
     assert kept.speedup == 2.0
     assert kept.layout == ""
-    last, layers = _judged(plan, twins, {"sparse": 3, "dense": 2, "sparse channels_last": 1})
-    assert layers == twins
+    last, form = judged(plan, {SPARSE: [3], DENSE: [2], SPARSE_LAST: [1]})
+    assert form == SPARSE_LAST
     assert last.layout == "channels_last"
-    alone, layers = _judged(plan, {}, {"dense": 2.0, "dense channels_last": 1.0})
-    assert (layers, alone.layout, alone.reason) == ({}, "channels_last", plan.reason)
-    lost, layers = _judged(plan, twins, {"sparse": 1.5, "dense": 2.0, "dense channels_last": 1.2})
-    assert layers == {}
+    alone, form = judged(plan, {DENSE: [2.0], DENSE_LAST: [1.0]})
+    assert (form, alone.layout, alone.reason) == (DENSE_LAST, "channels_last", plan.reason)
+    lost, form = judged(plan, {SPARSE: [1.5], DENSE: [2.0], DENSE_LAST: [1.2]})
+    assert form == DENSE_LAST
     assert [row.choice for row in lost.rows] == ["dense", "dense"]
     assert lost.rows[0].reason == "2.00x dense, but the whole model lost"
-    assert lost.rows[1] == rows[1]
+    assert lost.rows[1] == TWO
     assert "slower than dense channels_last" in lost.reason
     assert lost.layout == "channels_last"
     assert (lost.sparse_seconds, lost.dense_seconds) == (1.5, 1.2)
@@ -78,10 +78,12 @@ def test_durations_read_well(seconds, text):
 def test_timing_takes_turns_and_stops_by_budget():
     order = []
     runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    medians = interleaved(runs, budget=0.0, least=3)
-    assert order == ["a", "b"] * 5
-    assert set(medians) == {"a", "b"}
+    times = interleaved(runs, budget=0.0, least=3)  # any call is long: no bursts
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert set(times) == {"a", "b"}
     order.clear()
     interleaved(runs, budget=60.0, most=4)
-    assert len(order) == 2 * (2 + 4)
+    assert order[2:14] == ["a"] * 3 + ["b"] * 6 + ["a"] * 3
+    assert len(order) == 2 * (1 + 4 * 3)
+    assert interleaved({}, budget=1.0, least=1, most=1) == {}
     assert machine()

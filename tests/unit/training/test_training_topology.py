@@ -23,7 +23,7 @@ from prunus.training import (
     tune,
 )
 from prunus.training import products as products_
-from prunus.training.topology import free_places
+from prunus.training.candidates import free_places
 
 
 def net(seed=0):
@@ -129,8 +129,11 @@ def test_rewire_carries_values_moments_and_gradients_by_position():
     drop[[1, 5, 6]] = True
     grow = torch.tensor([p for p in range(108) if p not in places.tolist()])[:5]
     rewire(layer, optimizer, drop, grow)
-    assert layer.values is parameter
     assert layer.nonzeros == len(places) + 2
+    assert layer.values is not parameter  # autograd remembers its size
+    assert optimizer.param_groups[0]["params"][0] is layer.values
+    assert parameter not in optimizer.state
+    state = optimizer.state[layer.values]
     after = {"values": layer.values.detach(), "grad": layer.values.grad}
     after |= {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
     for kind, old in before.items():
@@ -154,7 +157,7 @@ def test_largest_gradients_are_the_top_of_the_dense_gradient(monkeypatch):
         with torch.no_grad():
             dense.weight.mul_(mask)
         layer = kind.from_dense(dense.double(), mask)
-        layer.watch = found = LargestGradients(layer, 23)
+        layer.watch = found = LargestGradients(layer.pattern, 23)
         x = x.double()
         for module in (dense, layer):
             module(x).square().sum().backward()
@@ -181,12 +184,12 @@ def test_free_places_are_free_distinct_and_uniform():
 
 
 def test_what_cannot_be_swapped_stays_and_mistakes_are_told():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 3))
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(16, 3))
     sparse_training(model, 0.5)
     assert type(model[0]) is nn.Conv2d
     assert isinstance(model[2], TrainableLinear)
     with pytest.raises(SiteError, match="no Linear or plain"):
-        sparse_training(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), 0.5)
+        sparse_training(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), 0.5)
     with pytest.raises(TargetError, match="nothing is off"):
         sparse_training(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(SiteError, match="cannot be swapped"):
@@ -236,6 +239,6 @@ def test_tune_measures_both_ways_and_keeps_gradients():
 
 def test_a_gradient_that_is_not_finite_is_told():
     layer = TrainableLinear.random(6, 5, 0.5)
-    layer.watch = LargestGradients(layer, 3)
+    layer.watch = LargestGradients(layer.pattern, 3)
     with pytest.raises(NotFiniteError, match="not finite"):
         layer(torch.full((2, 6), float("nan"))).sum().backward()
