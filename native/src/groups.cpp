@@ -30,7 +30,9 @@ bool run_units(void* context, int index) {
   task.begin_panel = units.count * index / units.parts;
   task.end_panel = units.count * (index + 1) / units.parts;
   if (task.begin_panel >= task.end_panel) return true;
-  task.workspace = workspace.at_least(std::max(group_workspace_floats(task.w, units.conv, units.panel), units.conv.across.in + 16));
+  task.workspace =
+      workspace.at_least(std::max(group_workspace_floats(task.w, units.conv, units.panel),
+                                  units.conv.across.in + 16));
   if (task.workspace == nullptr) return false;
   units.kernel(task);
   return true;
@@ -94,7 +96,7 @@ bool run_groups(const Call& call) {
     units.kernel = call.kernels->depthwise_f32;
     units.count = c.images * call.w.rows;
   } else {
-  units.count = (c.positions + band - 1) / band * c.images * c.all_groups;
+    units.count = (c.positions + band - 1) / band * c.images * c.all_groups;
   }
   // Filling the panel costs about as much as four non-zeros a row.
   const double work = (static_cast<double>(call.w.nnz) + 4.0 * static_cast<double>(call.w.rows)) *

@@ -44,7 +44,7 @@ class Geometry:
                 f"{self.kernel} with dilation {self.dilation} and padding {self.padding}"
             )
 
-    @functools.cached_property
+    @property  # not cached: torch.compile traces it
     def out_size(self) -> Pair:
         """(height, width) of the result."""
         top, bottom, left, right = self.padding
