@@ -2,12 +2,15 @@
 
 #include <atomic>
 
+#include "amx.h"
+
 namespace prunus {
 namespace {
 
 struct Available {
-  const Kernels* tables[4] = {&kernels_scalar, nullptr, nullptr, nullptr};
+  const Kernels* tables[7] = {&kernels_scalar};
   int count = 1;
+  const char* refusal = "this build has no AMX";
 
   Available() {
 #ifdef PRUNUS_X86
@@ -19,12 +22,24 @@ struct Available {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
     if (avx512) tables[count++] = &kernels_avx512;
-    if (avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vbmi2") &&
+                      __builtin_cpu_supports("avx512vnni");
+    if (vnni) {
       tables[count++] = &kernels_avx512_vnni;
+#ifdef PRUNUS_HAS_BF16
+      const bool bf16 = __builtin_cpu_supports("avx512bf16");
+      if (bf16) tables[count++] = &kernels_avx512_bf16;
+#ifdef PRUNUS_HAS_AMX
+      refusal = bf16 ? amx_refusal(kernels_amx, kernels_avx512_bf16) : "the CPU has no AVX512_BF16";
+      if (refusal == nullptr) tables[count++] = &kernels_amx;
+#endif
+#endif
+    }
 #endif
 #ifdef PRUNUS_NEON
     tables[count++] = &kernels_neon;
 #endif
+    tables[count] = &kernels_amx_emulated;
   }
 };
 
@@ -36,6 +51,10 @@ const Available& available() {
 std::atomic<int> chosen{-1};
 
 }  // namespace
+
+int all_count() { return available().count + 1; }
+
+const char* amx_status() { return available().refusal; }
 
 int available_count() { return available().count; }
 

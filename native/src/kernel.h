@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "conv.h"
+#include "vectors.h"
 
 namespace prunus {
 
@@ -42,6 +43,7 @@ struct Task {
   int64_t ldg;
   const struct BitmapWeight* bitmap;  // of a bitmap-packed product, whose panels have
   int64_t panel;                      // this many columns of X
+  const Vectors* vectors;  // of a product of groups; w holds the shape only
   float* workspace;  // 64-byte aligned, workspace_floats() long
 };
 
@@ -50,6 +52,7 @@ using KernelFunction = void (*)(const Task&);
 struct Kernels {
   const char* isa;
   int64_t panel;
+  int64_t vector_panel, pair_panel;  // of products of groups, fp32 and bf16
 #define PRUNUS_KERNEL(name, layout, description) KernelFunction name;
 #include "kernels.def"
 #undef PRUNUS_KERNEL
@@ -127,10 +130,17 @@ static inline int64_t group_workspace_floats(const Weight& w, const Conv& c, int
 }
 
 extern const Kernels kernels_scalar;
+extern const Kernels kernels_amx_emulated;
 #ifdef PRUNUS_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_vnni;
+#ifdef PRUNUS_HAS_BF16
+extern const Kernels kernels_avx512_bf16;
+#endif
+#ifdef PRUNUS_HAS_AMX
+extern const Kernels kernels_amx;
+#endif
 #endif
 #ifdef PRUNUS_NEON
 extern const Kernels kernels_neon;

@@ -1,10 +1,12 @@
 // The Python module prunus._native: addresses in, nothing converted.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -26,6 +28,13 @@ namespace {
 }
 
 [[noreturn]] void bad_value(const std::string& message) { fail("ValueRangeError", message); }
+
+// Null unless the blob is one of groups.
+const VectorHeader* vectors_at(uintptr_t address) {
+  if (address == 0 || address % 8 != 0) return nullptr;
+  const auto& header = *reinterpret_cast<const VectorHeader*>(address);
+  return is_vectors(header) ? &header : nullptr;
+}
 
 const BlobHeader& checked_blob(uintptr_t address) {
   if (address == 0 || address % 8 != 0)
@@ -49,7 +58,7 @@ Call checked_options(uint64_t rows, uint64_t cols, uintptr_t x, uintptr_t y, int
   if (flags > kRelu6 || (flags & (flags - 1)) != 0)
     bad_value(
         "unknown flags; known: one of 1 (ReLU), 2 (GELU), 4 (GELU by tanh), 8 (SiLU), 16 (ReLU6)");
-  if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
+  if (isa >= all_count()) bad_value("no such instruction set; see available_isas()");
   check_floats("x", x, n > 0 && cols > 0);
   check_floats("y", y, n > 0 && rows > 0);
   check_floats("the bias", bias, false);
@@ -67,6 +76,14 @@ Call checked_options(uint64_t rows, uint64_t cols, uintptr_t x, uintptr_t y, int
 
 Call checked_call(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
                   uintptr_t residual, uint32_t flags, int threads, int isa) {
+  if (const VectorHeader* groups = vectors_at(blob)) {
+    const Vectors v = open_vectors(groups);
+    Call call = checked_options(v.rows, v.cols, x, y, n, bias, residual, flags, threads, isa);
+    call.vectors = v;
+    call.w.rows = v.rows;
+    call.w.cols = v.cols;
+    return call;
+  }
   const BlobHeader& h = checked_blob(blob);
   Call call = checked_options(h.rows, h.cols, x, y, n, bias, residual, flags, threads, isa);
   call.w = open_blob(reinterpret_cast<const void*>(blob));
@@ -77,7 +94,7 @@ void execute(const Call& call) {
   bool ok;
   {
     nb::gil_scoped_release release;
-    ok = run(call);
+    ok = call.vectors.height > 0 ? run_vectors(call) : run(call);
   }
   if (!ok) throw std::bad_alloc();
 }
@@ -144,6 +161,7 @@ Conv checked_conv(const Geometry& g, const Weight& w) {
 
 void conv_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, const Geometry& geometry, uintptr_t bias,
               uint32_t flags, int threads, int isa, uintptr_t residual) {
+  checked_blob(blob);
   Call call = checked_call(blob, x, y, geometry[0], bias, residual, flags, threads, isa);
   call.layout = Layout::conv;
   call.conv = checked_conv(geometry, call.w);
@@ -164,7 +182,7 @@ SampledCall checked_sampled(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t 
   call.pattern = open_blob(reinterpret_cast<const void*>(blob));
   if (n < 0 || n > INT32_MAX || threads < 1)
     bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
-  if (isa >= available_count()) bad_value("no such instruction set; see available_isas()");
+  if (isa >= all_count()) bad_value("no such instruction set; see available_isas()");
   check_floats("x", x, n > 0 && call.pattern.nnz > 0);
   check_floats("g", g, n > 0 && call.pattern.nnz > 0);
   check_floats("out", out, call.pattern.nnz > 0);
@@ -255,6 +273,18 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
+std::vector<std::string> test_isas() {
+  std::vector<std::string> names;
+  for (int i = available_count(); i < all_count(); ++i) names.emplace_back(kernels_at(i).isa);
+  return names;
+}
+
+// {instruction set: why it is not offered}
+std::map<std::string, std::string> refused_isas() {
+  if (amx_status() == nullptr) return {};
+  return {{"amx", amx_status()}};
+}
+
 void set_active_isa(const std::string& name) {
   for (int i = 0; i < available_count(); ++i)
     if (name == kernels_at(i).isa) return set_active_index(i);
@@ -298,6 +328,8 @@ NB_MODULE(_native, m) {
         nb::arg("offsets_ptr"), nb::arg("columns_ptr") = 0, nb::arg("values_ptr") = 0);
   m.def("transpose_ptr", &transpose_ptr, nb::arg("from_ptr"), nb::arg("to_ptr"));
   m.def("available_isas", &available_isas);
+  m.def("test_isas", &test_isas);
+  m.def("refused_isas", &refused_isas);
   m.def("active_isa", [] { return kernels_at(active_index()).isa; });
   m.def("set_active_isa", &set_active_isa, nb::arg("name"));
   m.def("grain", &grain);

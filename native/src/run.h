@@ -19,6 +19,7 @@ struct Call {
   uint32_t flags;
   int threads;
   const Kernels* kernels;
+  Vectors vectors;  // of run_vectors, instead of w
   Conv conv;  // finished; n is its number of positions
 };
 
@@ -35,6 +36,9 @@ void set_grain(int64_t multiply_adds);
 
 // False if memory for a panel cannot be had. The result does not depend on the threads.
 bool run(const Call& call);
+
+// The same for a weight in groups, tokens or planes.
+bool run_vectors(const Call& call);
 
 // Fills `to`, whose header already describes the transpose of `from`.
 void transpose_blob(const void* from, void* to);

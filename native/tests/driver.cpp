@@ -12,6 +12,7 @@
 #include "run.h"
 #include "sddmm.h"
 #include "tests/bitmap_cases.h"
+#include "vectors_driver.h"
 
 using namespace prunus;
 
@@ -278,6 +279,7 @@ int main() {
   for (int i = 0; i < 200; ++i, ++done)
     failed += !transpose_case(pick(sizes), pick(sizes), pick(blocks), pick(blocks));
   failed += group_cases(&done);
+  failed += vector_cases(&done);
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);
   return failed != 0;
 }

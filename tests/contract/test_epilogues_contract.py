@@ -13,7 +13,7 @@ from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
 
 ISAS = [*(i for i in kernels.available_isas() if i != kernels.FALLBACK), kernels.FALLBACK]
-KERNELS = [row["layout"] for row in kernels.table()]
+KERNELS = [r["layout"] for r in kernels.table() if not r["layout"].startswith("vectors")]
 FUNCTIONS = {
     "": lambda x: x,
     "relu": F.relu,

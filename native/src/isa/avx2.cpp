@@ -8,6 +8,7 @@ namespace prunus {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kVectorRows = 4;
 constexpr int kSets = 2;
 
 using Vec = __m256;
@@ -86,6 +87,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/vectors-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
 #include "kernels/groups-inl.h"
@@ -100,6 +102,8 @@ inline void transpose(Vec (&b)[kLanes]) {
 const Kernels kernels_avx2 = {
     "avx2",
     kPanel,
+    kVectorPanel,
+    kPairPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL, DQ): 16 lanes. avx512_vnni.cpp compiles it again with more instructions.
+// AVX-512 (F, BW, VL, DQ): 16 lanes. Other files here compile it again with more instructions.
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operands inside its own intrinsics for mistakes (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -18,6 +18,7 @@ namespace prunus {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kVectorRows = 8;
 constexpr int kSets = 4;
 
 using Vec = __m512;
@@ -122,6 +123,13 @@ inline Vec sum_lanes(Vec (&b)[kLanes]) {
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/vectors-inl.h"
+#ifdef PRUNUS_PAIRS
+#include "kernels/pairs-inl.h"
+#endif
+#ifdef PRUNUS_TILES
+#include "kernels/tiles-inl.h"
+#endif
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
 #include "kernels/groups-inl.h"
@@ -136,6 +144,8 @@ inline Vec sum_lanes(Vec (&b)[kLanes]) {
 const Kernels PRUNUS_TABLE = {
     PRUNUS_ISA_NAME,
     kPanel,
+    kVectorPanel,
+    kPairPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL

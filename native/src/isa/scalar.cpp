@@ -4,10 +4,16 @@
 #include "bitmap.h"
 #include "kernel.h"
 
+#ifndef PRUNUS_TABLE
+#define PRUNUS_TABLE kernels_scalar
+#define PRUNUS_ISA_NAME "scalar"
+#endif
+
 namespace prunus {
 namespace {
 
 constexpr int kLanes = 4;
+constexpr int kVectorRows = 4;
 constexpr int kSets = 2;
 
 struct Vec {
@@ -122,6 +128,11 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/vectors-inl.h"
+#ifdef PRUNUS_TILES
+#include "kernels/tiles-emulated-inl.h"
+#include "kernels/tiles-inl.h"
+#endif
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
 #include "kernels/groups-inl.h"
@@ -132,9 +143,11 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 
 }  // namespace
 
-const Kernels kernels_scalar = {
-    "scalar",
+const Kernels PRUNUS_TABLE = {
+    PRUNUS_ISA_NAME,
     kPanel,
+    kVectorPanel,
+    kPairPanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL

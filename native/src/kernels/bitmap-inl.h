@@ -22,14 +22,7 @@ inline int64_t count_bits(uint64_t mask) {
 #endif
 }
 
-inline float widen(float value) { return value; }
-inline float widen(int8_t value) { return value; }
-inline float widen(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  memcpy(&value, &wide, sizeof value);
-  return value;
-}
+#include "kernels/widen-inl.h"
 
 #if defined(__AVX512F__)
 // A load of its own: as an operand of the expansion it is slower.

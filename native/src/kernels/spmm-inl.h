@@ -108,6 +108,9 @@ inline void store_block(const Vec (&block)[kLanes], float* to, int64_t stride, i
 
 // Tokens: x [n, cols] and y [n, rows]; panels are made and taken apart by register transposes.
 struct Tokens {
+  // Where the row of a column begins in x.
+  static int64_t row_of(const Task&, int64_t column) { return column; }
+
   // Where the input already is a panel; null: nowhere.
   template <int V>
   static const float* in_place(const Task&, int64_t, int64_t) {
@@ -161,6 +164,8 @@ struct Tokens {
 
 // Planes: x [cols, n] and y [rows, n], columns next to each other.
 struct Planes {
+  static int64_t row_of(const Task& task, int64_t column) { return column * task.ldx; }
+
   template <int V>
   static const float* in_place(const Task& task, int64_t first, int64_t count) {
     const bool whole = task.ldx == V * kLanes && count == V * kLanes;

@@ -7,6 +7,18 @@ void conv_f32(const Task& task) { conv(task); }
 void depthwise_f32(const Task& task) { depthwise(task); }
 void conv_groups_f32(const Task& task) { conv_groups(task); }
 void conv_grad_f32(const Task& task) { conv_grad(task); }
+void vectors_tokens_f32(const Task& task) { vectors<Tokens, Broadcasts<FloatVectors>>(task); }
+void vectors_planes_f32(const Task& task) { vectors<Planes, Broadcasts<FloatVectors>>(task); }
+#if defined(PRUNUS_TILES)
+void vectors_tokens_bf16(const Task& task) { tiles<Tokens>(task); }
+void vectors_planes_bf16(const Task& task) { tiles<Planes>(task); }
+#elif defined(PRUNUS_PAIRS)
+void vectors_tokens_bf16(const Task& task) { vectors<Tokens, Pairs>(task); }
+void vectors_planes_bf16(const Task& task) { vectors<Planes, Pairs>(task); }
+#else
+void vectors_tokens_bf16(const Task& task) { vectors<Tokens, Broadcasts<HalfVectors>>(task); }
+void vectors_planes_bf16(const Task& task) { vectors<Planes, Broadcasts<HalfVectors>>(task); }
+#endif
 
 #include "bitmap-inl.h"
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)

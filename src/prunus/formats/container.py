@@ -30,8 +30,9 @@ from prunus.formats.envelope import (
 from prunus.formats.packed import Packed
 from prunus.formats.table import FORMATS, check
 
-VERSION = 1
-READABLE = (1,)
+VERSION = 2
+READABLE = (1, 2)
+_OLD_FORMATS = ("dense", "bitmap", "csr")  # of version 1, which is written where it suffices
 _TENSOR_KEYS = {"format", "shape", "dtype", "nonzeros", "parts"}
 _PART_KEYS = {"dtype", "shape", "crc32"}
 
@@ -64,7 +65,8 @@ def write(
             "nonzeros": packed.nonzeros,
             "parts": parts,
         }
-    header = {"version": VERSION, "tensors": tensors, "meta": dict(meta)}
+    old = all(packed.format in _OLD_FORMATS for packed in entries.values())
+    header = {"version": 1 if old else VERSION, "tensors": tensors, "meta": dict(meta)}
     try:
         text = json.dumps(header, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -39,10 +39,11 @@ class Packed:
 class Format:
     """One storage format: exact size, and how to encode, check and decode it.
 
-    size: (shape, nonzeros, value bits) -> bytes.
+    size: (shape, nonzeros, value bits) -> bytes, the least possible where it depends on the places.
     encode: (contiguous array, keep mask) -> parts; `values` holds the stored values.
     check: (parts, shape, storage dtype) -> None; FormatError unless decode is safe.
     decode: (parts, shape) -> new array.
+    size_of: (shape, keep mask, value bits) -> bytes, where they depend on the places.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Format:
     encode: Callable[[np.ndarray, np.ndarray], Parts]
     check: Callable[[Mapping[str, np.ndarray], Shape, np.dtype], None]
     decode: Callable[[Mapping[str, np.ndarray], Shape], np.ndarray]
+    size_of: Callable[[Shape, np.ndarray, int], int] | None = None
 
 
 def matrix_shape(shape: Shape) -> tuple[int, int]:

@@ -32,6 +32,13 @@ def csr_bytes(shape: tuple[int, ...], nonzeros: int, bits: int) -> int:
     return 4 * (rows + 1) + nonzeros * column_bytes(width) + value_bytes(nonzeros, bits)
 
 
+def vector_bytes(shape: tuple[int, ...], vectors: int, bits: int, height: int) -> int:
+    """4·(groups + 1) + v·(2 or 4) + v·height·k / 8 for v vectors; groups = ceil(rows / height)."""
+    rows, width = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    index = 4 * (-(-rows // height) + 1) + vectors * column_bytes(width)
+    return index + value_bytes(vectors * height, bits)
+
+
 def column_bytes(width: int) -> int:
     """Bytes of one stored column index."""
     return 2 if width <= UINT16_WIDTH else 4

@@ -1,7 +1,7 @@
 """Sparse kernels for CPUs: blobs, matrix products, and the choice of instruction set."""
 
 from prunus.kernels import addresses, reference
-from prunus.kernels.blob import BlobInfo, info, pack, unpack, validate
+from prunus.kernels.blob import BlobInfo, pack
 from prunus.kernels.face import (
     ACTIVATIONS,
     FALLBACK,
@@ -13,30 +13,40 @@ from prunus.kernels.face import (
     linear_ptr,
     matmul_planes,
     planes_ptr,
+    refused_isas,
     table,
+    test_isas,
     transpose,
 )
 from prunus.kernels.geometry import Geometry, conv_block
+from prunus.kernels.grouping import Grouping, grouping
+from prunus.kernels.kinds import info, unpack, validate
+from prunus.kernels.vectors import pack_vectors
 
 __all__ = [
     "ACTIVATIONS",
     "FALLBACK",
     "BlobInfo",
     "Geometry",
+    "Grouping",
     "active_isa",
     "addresses",
     "available_isas",
     "conv2d",
     "conv_block",
     "conv_ptr",
+    "grouping",
     "info",
     "linear",
     "linear_ptr",
     "matmul_planes",
     "pack",
+    "pack_vectors",
     "planes_ptr",
     "reference",
+    "refused_isas",
     "table",
+    "test_isas",
     "transpose",
     "unpack",
     "validate",

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from prunus.errors import ShapeError, ValueRangeError
-from prunus.kernels import blob as blobs
-from prunus.kernels import header, reference
+from prunus.kernels import kinds, reference
 from prunus.kernels.geometry import Geometry
 
 _NAMES = {flag: name for name, flag in reference.ACTIVATIONS.items()}
@@ -31,7 +30,7 @@ def linear_ptr(
     flags: a value of ACTIVATIONS; isa: an index into available_isas(), -1 for the active one.
     """
     blob = _blob_at(blob_ptr, n, threads)
-    head = blobs.info(blob)
+    head = kinds.info(blob)
     bias = _floats(bias_ptr, (head.rows,)) if bias_ptr else None
     residual = _floats(residual_ptr, (n, head.rows)) if residual_ptr else None
     x, y = _floats(x_ptr, (n, head.cols)), _floats(y_ptr, (n, head.rows))
@@ -53,7 +52,7 @@ def planes_ptr(
 ) -> None:
     """`matmul_planes` over addresses: x [K, n], y and residual [M, n], row strides ldx and ldy."""
     blob = _blob_at(blob_ptr, n, threads)
-    head = blobs.info(blob)
+    head = kinds.info(blob)
     if ldx < n or ldy < n:
         raise ValueRangeError(f"row strides {ldx} and {ldy} are smaller than n = {n}")
     bias = _floats(bias_ptr, (head.rows,)) if bias_ptr else None
@@ -79,7 +78,7 @@ def conv_ptr(
     """
     shape = _geometry(geometry)
     blob = _blob_at(blob_ptr, shape.batch, threads)
-    head = blobs.info(blob)
+    head = kinds.info(blob)
     if head.cols != shape.columns:
         raise ShapeError(f"the blob has {head.cols} columns, the geometry {shape.columns}")
     if head.rows % shape.groups:
@@ -115,8 +114,7 @@ def _activation(flags: int) -> str:
 def _blob_at(address: int, n: int, threads: int) -> np.ndarray:
     if n < 0 or threads < 1:
         raise ValueRangeError(f"n = {n} and threads = {threads}: n >= 0 and threads >= 1 needed")
-    head, _ = header.read(_bytes_at(address, header.HEADER.size))
-    return _bytes_at(address, blobs.blob_bytes(head))
+    return _bytes_at(address, kinds.length(_bytes_at(address, 64)))
 
 
 def _bytes_at(address: int, count: int) -> np.ndarray:

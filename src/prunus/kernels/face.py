@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from prunus.errors import ShapeError, ValueRangeError
-from prunus.kernels import addresses, loader, reference
+from prunus.kernels import addresses, kinds, loader, reference
 from prunus.kernels import blob as blobs
 from prunus.kernels.geometry import Geometry
 
@@ -38,7 +38,7 @@ def linear(
     C-contiguous. Raises ShapeError, ValueRangeError, FormatError (header); contents must have
     passed `validate`.
     """
-    head = blobs.info(blob)
+    head = kinds.info(blob)
     x, bias, flags = _checked(x, bias, head, 1, threads, activation)
     x = np.require(x, np.float32, ["C", "A"])
     residual = _residual(residual, (len(x), head.rows))
@@ -67,7 +67,7 @@ def matmul_planes(
     X may have a row stride; it is copied if its columns are not next to each other. Otherwise as
     `linear`.
     """
-    head = blobs.info(blob)
+    head = kinds.info(blob)
     x, bias, flags = _checked(x, bias, head, 0, threads, activation)
     if not _row_strided(x):
         x = np.require(x, np.float32, ["C", "A"])
@@ -101,7 +101,7 @@ def conv2d(
     `block=conv_block(kernel, stride)`. Row m of group g sees the channels of group g. Otherwise as
     `linear`.
     """
-    head = blobs.info(blob)
+    head = kinds.info(blob)
     if x.shape != (geometry.batch, geometry.channels, *geometry.size):
         raise ShapeError(f"x has shape {list(x.shape)}, the geometry is {geometry}")
     if head.cols != geometry.columns or head.rows % geometry.groups:
@@ -126,7 +126,7 @@ def conv2d(
 
 def transpose(blob: np.ndarray) -> np.ndarray:
     """The blob of Wᵀ, in time proportional to the non-zeros."""
-    head = blobs.info(blob)
+    head = kinds.info(blob)
     if _native is None or head.kind != "csr_f32":
         return reference.transpose(blob)
     shape = (head.cols, head.rows)
@@ -138,6 +138,16 @@ def transpose(blob: np.ndarray) -> np.ndarray:
 def available_isas() -> tuple[str, ...]:
     """Instruction sets that this build and machine can run, weakest first."""
     return tuple(_native.available_isas()) if _native else (FALLBACK,)
+
+
+def test_isas() -> tuple[str, ...]:
+    """Instruction sets in software, for tests only: never active, taken by `isa=`."""
+    return tuple(_native.test_isas()) if _native else ()
+
+
+def refused_isas() -> dict[str, str]:
+    """{instruction set: why it is not offered here} of those that need the system's consent."""
+    return dict(_native.refused_isas()) if _native else {}
 
 
 def active_isa() -> str:
@@ -163,9 +173,9 @@ def _isa_index(isa: str | None) -> int | None:
     if isa == FALLBACK:
         return None
     available = available_isas()
-    if isa not in available:
+    if isa not in (*available, *test_isas()):
         raise ValueRangeError(f"isa {isa!r} is not available; use one of {', '.join(available)}")
-    return available.index(isa)
+    return (*available, *test_isas()).index(isa)
 
 
 def _checked(

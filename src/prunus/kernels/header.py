@@ -19,7 +19,10 @@ MAX_SIDE = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class BlobInfo:
-    """What a blob's header says; `block` is the columns per block, of a bitmap rows per group."""
+    """What a blob's header says; `block` is the columns per block, of a bitmap rows per group.
+
+    height: rows that share their columns; permuted: whether the rows are stored in another order.
+    """
 
     kind: str
     version: int
@@ -29,6 +32,8 @@ class BlobInfo:
     block: int
     blocks: int
     nbytes: int
+    height: int = 1
+    permuted: bool = False
 
 
 def align(position: int) -> int:

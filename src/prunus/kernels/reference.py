@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from prunus.kernels import blob as blobs
+from prunus.kernels import kinds, vectors
 from prunus.kernels.geometry import Geometry
 
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 4, "silu": 8, "relu6": 16}
@@ -60,11 +61,13 @@ def matmul_planes(
     residual: np.ndarray | None = None,
 ) -> np.ndarray:
     """Y[M, N] = activation(W·X[K, N] + bias[M] + residual[M, N]), bias down the columns."""
-    views = blobs.sections(blob)
-    total = np.zeros((views.info.rows, x.shape[1]))
-    rows, columns = views.rows_and_columns()
+    head = kinds.info(blob)
+    total = np.zeros((head.rows, x.shape[1]))
+    rows, columns, values = kinds.entries(blob)
+    if head.kind == "vectors_bf16":
+        x = vectors.from_bf16(vectors.to_bf16(x))
     with np.errstate(over="ignore", invalid="ignore"):
-        _add_product(total, rows, columns, views.values, x)
+        _add_product(total, rows, columns, values, x)
     return _finished(total, bias, activation, residual)
 
 
@@ -142,8 +145,8 @@ def _add_runs(total: np.ndarray, rows: np.ndarray, products: np.ndarray) -> None
 
 def transpose(blob: np.ndarray) -> np.ndarray:
     """The blob of Wᵀ."""
-    views = blobs.sections(blob)
-    rows, columns = views.rows_and_columns()
+    head = kinds.info(blob)
+    rows, columns, values = kinds.entries(blob)
     order = np.lexsort((rows, columns))
-    shape = (views.info.cols, views.info.rows)
-    return blobs.assemble(shape, columns[order], rows[order], views.values[order])
+    kept = order[values[order] != 0]
+    return blobs.assemble((head.cols, head.rows), columns[kept], rows[kept], values[kept])

@@ -14,6 +14,7 @@ from prunus.errors import ShapeError
 from prunus.runtime.conv1d import SparseConv1d
 from prunus.runtime.dense import DenseLayer
 from prunus.runtime.epilogue import Fusing
+from prunus.runtime.groups import grouped_layer, grouping_of
 from prunus.runtime.modules import SparseConv2d, SparseLinear
 from prunus.runtime.plan import (
     BITMAP,
@@ -21,6 +22,7 @@ from prunus.runtime.plan import (
     BITMAP_INT8,
     DENSE_BF16,
     DIRECT,
+    GROUPS,
     SPARSE,
     Layer,
 )
@@ -74,6 +76,19 @@ TABLE = (
         lambda module: pack_layer(module),
         fits=lambda module: is_direct(module),
         sparse=False,
+    ),
+    Candidate(
+        GROUPS,
+        LINEAR,
+        lambda module: grouped_layer(module),
+        fits=lambda module: grouping_of(module) is not None,
+    ),
+    Candidate(
+        f"{GROUPS} bf16",
+        LINEAR,
+        lambda module: grouped_layer(module, torch.bfloat16),
+        fits=lambda module: grouping_of(module) is not None,
+        dtype=torch.bfloat16,
     ),
     Candidate(
         DENSE_BF16,

@@ -9,6 +9,7 @@ from typing import Any
 SPARSE = "csr"
 DIRECT = "direct"
 """A dense convolution through the packed kernels: depthwise ones and those of few channels."""
+GROUPS = "groups"
 DENSE = "dense"
 DENSE_BF16 = "dense bf16"
 BITMAP = "bitmap"

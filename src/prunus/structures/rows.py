@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from prunus.core import Structure
@@ -33,16 +35,21 @@ def fan_in() -> Structure:
     )
 
 
-def vector(height: int, width: int = 1) -> Structure:
+def vector(height: int, width: int = 1, order: Sequence[int] | None = None) -> Structure:
     """`height` consecutive outputs share their columns, and every such group keeps as many.
 
     Units are height x width tiles of the matrix [shape[0], the rest]; a tile scores its sum. Unlike
     `block`, every group of `height` outputs has the same count; vector(1) is `fan_in`. Layout: a
-    row per group of outputs, its tiles as units. Raises ShapeError where a shape does not divide.
+    row per group of outputs, its tiles as units. order: a permutation of the outputs, as from
+    `clustering.cluster_rows`; place i of the groups is output order[i], for sites of as many
+    outputs. Raises ShapeError where a shape does not divide or the order does not fit.
     Source: Zhu, Zhang, Gu, Xie 2019, MICRO (vector-wise); Chen, Qu, Liu et al. 2021, SC (V x 1).
     """
     if height < 1 or width < 1:
         raise ValueRangeError(f"a vector has at least 1 x 1 elements, got {height} x {width}")
+    places = None if order is None else torch.tensor(tuple(order), dtype=torch.int64)
+    if places is not None and not torch.equal(places.sort().values, torch.arange(len(places))):
+        raise ValueRangeError("order is no permutation of outputs")
 
     def tiles(shape: tuple[int, ...]) -> tuple[int, int]:
         rows, columns = shape[0], math.prod(shape[1:])
@@ -51,19 +58,26 @@ def vector(height: int, width: int = 1) -> Structure:
                 f"shape {tuple(shape)}, seen as {rows} x {columns}, does not divide into vectors "
                 f"of {height} x {width}; choose sizes that divide it, or exclude this site"
             )
+        if places is not None and len(places) != rows:
+            raise ShapeError(
+                f"shape {tuple(shape)} has {rows} outputs, the order of this vector {len(places)}; "
+                f"give each site its own order (combine.by_site), or exclude this site"
+            )
         return rows // height, columns // width
 
     def reduce(score: Tensor) -> Tensor:
         down, across = tiles(tuple(score.shape))
+        if places is not None:
+            score = score[places.to(score.device)]
         return score.reshape(down, height, across, width).sum(dim=(1, 3))
 
     def expand(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
         down, across = tiles(shape)
-        grid = keep.reshape(down, 1, across, 1).expand(down, height, across, width)
-        return grid.reshape(shape)
+        grid = keep.reshape(down, 1, across, 1).expand(down, height, across, width).reshape(shape)
+        return grid if places is None else grid[places.argsort().to(grid.device)]
 
     return Structure(
-        f"vector({height}, {width})",
+        f"vector({height}, {width})" if places is None else f"vector({height}, {width}, ordered)",
         layout=lambda shape: (*tiles(shape), height * width),
         reduce=reduce,
         expand=expand,

@@ -170,7 +170,7 @@ def tensor(inner):
 
 
 HOSTILE = {
-    "newer version": lambda i, h: i.update(version=2),
+    "newer version": lambda i, h: i.update(version=3),
     "version true": lambda i, h: i.update(version=True),
     "no version": lambda i, h: i.pop("version") and None,
     "extra key": lambda i, h: i.update(more=1),
@@ -235,7 +235,7 @@ def test_hostile_headers_raise_format_errors(path, name):
 
 def test_version_error_names_what_is_readable(path):
     reseal(path, HOSTILE["newer version"])
-    with pytest.raises(FormatError, match=r"version 2 .* reads 1"):
+    with pytest.raises(FormatError, match=r"version 3 .* reads 1, 2"):
         read(path)
 
 

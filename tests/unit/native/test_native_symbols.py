@@ -15,8 +15,12 @@ FLAGS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+    "amx_emulated": [],
 }
 FLAGS["avx512_vnni"] = [*FLAGS["avx512"], "-mavx512vbmi2", "-mavx512vnni"]
+FLAGS["avx512_bf16"] = [*FLAGS["avx512_vnni"], "-mavx512bf16", "-DPRUNUS_HAS_BF16=1"]
+FLAGS["amx"] = [*FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16", "-DPRUNUS_HAS_AMX=1"]
+FOREIGN = {"memcpy", "memset", "__stack_chk_fail", "_GLOBAL_OFFSET_TABLE_", "__tls_get_addr"}
 
 needs_tools = pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("nm")) or platform.machine() != "x86_64",
@@ -54,7 +58,7 @@ def test_one_exported_symbol_and_no_weak_one(objects, isa):
     assert len(exported) == 1
     assert f"kernels_{isa}" in exported[0]
     undefined = {name for kind, name in found if kind == "U"}
-    assert undefined <= {"memcpy", "memset", "__stack_chk_fail", "_GLOBAL_OFFSET_TABLE_"}
+    assert undefined <= FOREIGN
 
 
 @needs_tools
