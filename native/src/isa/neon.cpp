@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kLanes = 4;
 constexpr int kSets = 4;
+constexpr int kVectorRows = 4;
 
 using Vec = float32x4_t;
 
