@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 NATIVE  = pyproject.toml constraints.txt $(shell find native -type f)
 
-.PHONY: demo test test-slow lint format bench docs sanitize clean
+.PHONY: demo test test-slow lint format bench docs sanitize cross clean
 
 demo: $(VENV)/.demo
 	$(BIN)/prunus demo
@@ -36,6 +36,10 @@ docs: $(VENV)/.docs
 
 sanitize: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" sh native/sanitize.sh
+
+# The kernels for 64-bit ARM under qemu; skips with a reason without cross compiler or emulator.
+cross:
+	PATH="$(abspath $(BIN)):$$PATH" sh native/cross.sh
 
 clean:
 	rm -rf build dist site $(VENV)

@@ -74,6 +74,11 @@ static inline int64_t conv_positions(const Conv& c) {
   return c.batch == 0 ? 0 : (lines - 1) * c.across.extent + c.across.out;
 }
 
+// A convolution that is done one group and image at a time: the base describes that.
+struct GroupConv : Conv {
+  int64_t images, all_groups;
+};
+
 // A run of `count` places of a panel: from `from` floats into a channel on, or zeros (from < 0).
 struct Run {
   int64_t from;

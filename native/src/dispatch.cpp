@@ -36,6 +36,9 @@ struct Available {
 #endif
     }
 #endif
+#ifdef PRUNUS_NEON
+    tables[count++] = &kernels_neon;
+#endif
     tables[count] = &kernels_amx_emulated;
   }
 };

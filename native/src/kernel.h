@@ -125,6 +125,22 @@ static inline int64_t grad_workspace_floats(const Weight& w, const Conv& c, int6
          conv_columns_floats(w, c, panel);
 }
 
+// Whether a weight has no zeros, so that its values are the rows of a matrix.
+static inline bool is_full(const Weight& w) {
+  return w.blocks == 1 && w.nnz == w.rows * w.cols;
+}
+
+// The same for groups: all positions of a band are in the tile, for at most four rows at a time.
+constexpr int64_t kMostSharing = 4;
+static inline int64_t group_runs_floats(const Conv& c, int64_t panel) {
+  const int64_t runs = conv_runs_in(c) + conv_runs_out(c, c.panels * panel);
+  return (runs * int64_t{sizeof(Run) / sizeof(float)} + 15) / 16 * 16;
+}
+static inline int64_t group_workspace_floats(const Weight& w, const Conv& c, int64_t panel) {
+  return conv_panel_floats(c) + kMostSharing * c.panels * panel + 32 +
+         group_runs_floats(c, panel) + w.cols;
+}
+
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_amx_emulated;
 #ifdef PRUNUS_X86
@@ -137,6 +153,9 @@ extern const Kernels kernels_avx512_bf16;
 #ifdef PRUNUS_HAS_AMX
 extern const Kernels kernels_amx;
 #endif
+#endif
+#ifdef PRUNUS_NEON
+extern const Kernels kernels_neon;
 #endif
 
 }  // namespace prunus

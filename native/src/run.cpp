@@ -2,20 +2,20 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "groups.h"
 #include "pool.h"
+#include "workspace.h"
 
 namespace prunus {
 namespace {
 
 constexpr int kMaxThreads = 256;
 constexpr int64_t kRowCost = 4;  // of a row without non-zeros, in non-zeros
-constexpr std::align_val_t kAlignment{64};
 
 // For convolutions. Unrolled copies cost more to fill than they save unless they are much smaller.
 constexpr double kUnrolledCost = 1.33;
@@ -25,31 +25,6 @@ constexpr int64_t kMostPanels = 8;
 constexpr double kFarFloats = 1 << 20;  // inputs from here on are asked for ahead of time
 
 std::atomic<int64_t> least_work{1 << 20};
-
-// One per thread, kept and grown: a panel is needed for every product.
-class Workspace {
- public:
-  ~Workspace() { release(); }
-
-  float* at_least(int64_t floats) {
-    if (floats > size_) {
-      release();
-      data_ = static_cast<float*>(::operator new(sizeof(float) * floats, kAlignment, std::nothrow));
-      size_ = data_ == nullptr ? 0 : floats;
-    }
-    return data_;
-  }
-
- private:
-  void release() {
-    ::operator delete(data_, kAlignment);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 thread_local Workspace workspace;
 thread_local Workspace between;  // the panels between the layers of a chain
@@ -136,8 +111,7 @@ void set_grain(int64_t multiply_adds) {
   least_work.store(std::max<int64_t>(1, multiply_adds), std::memory_order_relaxed);
 }
 
-bool plan_conv(Conv& conv, int64_t panel) {
-  conv.panels = 1;
+double fold_conv(Conv& conv, int64_t panel) {
   const Conv bare = conv;
   double least = 0;
   for (const bool unroll_down : {false, true})
@@ -153,6 +127,12 @@ bool plan_conv(Conv& conv, int64_t panel) {
       least = floats;
       conv = form;
     }
+  return least;
+}
+
+bool plan_conv(Conv& conv, int64_t panel) {
+  conv.panels = 1;
+  const double least = fold_conv(conv, panel);
   const double positions = static_cast<double>(conv.batch) *
                            static_cast<double>(conv.down.extent) *
                            static_cast<double>(conv.across.extent);
@@ -177,6 +157,7 @@ bool run(const Call& call) {
   const Weight& w = call.w;
   if (call.n == 0 || w.rows == 0) return true;
   expect_large(call);
+  if (call.layout == Layout::conv && suits_groups(w, call.conv)) return run_groups(call);
   Plan plan{};
   plan.task.w = w;
   plan.task.x = call.x;

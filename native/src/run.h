@@ -23,6 +23,9 @@ struct Call {
   Conv conv;  // finished; n is its number of positions
 };
 
+// Chooses between folded and unrolled axes for panels of this size; returns the cost of a channel.
+double fold_conv(Conv& conv, int64_t panel);
+
 // Chooses what the panels of a convolution hold, and finishes its description. False if that is
 // too much.
 bool plan_conv(Conv& conv, int64_t panel);

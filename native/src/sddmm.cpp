@@ -1,40 +1,20 @@
 #include "sddmm.h"
 
 #include <algorithm>
-#include <new>
 
 #include "pool.h"
 #include "run.h"
+#include "workspace.h"
 
 namespace prunus {
 namespace {
 
 constexpr int kMaxParts = 256;
-constexpr std::align_val_t kAlignment{64};
 // Of any instruction set, as sddmm-inl.h cuts them: floats of a panel row, and rows of a panel.
 constexpr int64_t kLongestPanel = 128;
 constexpr int64_t kLongestColumns = 1024;
 
-// One per thread, kept and grown.
-class Scratch {
- public:
-  ~Scratch() { ::operator delete(data_, kAlignment); }
-
-  float* at_least(int64_t floats) {
-    if (floats > size_) {
-      ::operator delete(data_, kAlignment);
-      data_ = static_cast<float*>(::operator new(sizeof(float) * floats, kAlignment, std::nothrow));
-      size_ = data_ == nullptr ? 0 : floats;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-thread_local Scratch scratch;
+thread_local Workspace scratch;
 
 struct Shares {
   Task task;

@@ -291,21 +291,17 @@ bool conv_case(int isa) {
   return true;
 }
 
-// The gradient to the values, in panels or (in_place) from planes that begin at shuffled places.
+// The gradient to the values of a matrix, of tokens or planes.
 bool sampled_case(int64_t m, int64_t k, int64_t n, uint32_t block, int kind, int isa) {
-  const bool tokens = kind == 0, in_place = kind == 2;
-  if (in_place) n = (n + kLongestSum - 1) / kLongestSum * kLongestSum;
+  const bool tokens = kind == 0;
   std::vector<float> dense(m * k);
   for (float& value : dense) value = uniform() < 0.4 ? 0.0f : static_cast<float>(uniform());
-  Blob blob = pack(dense, m, k, in_place ? 65536 : block);
+  Blob blob = pack(dense, m, k, block);
   const Weight w = open_blob(blob.bytes());
   const auto x = noise(n * k), g = noise(n * m), out = noise(w.nnz);
   std::vector<float> before(out.get(), out.get() + w.nnz);
-  std::vector<int64_t> places(k);
-  for (int64_t c = 0; c < k; ++c) places[c] = (k - 1 - c) * n;
   SampledCall call{w, tokens, x.get(), tokens ? k : n, g.get(), tokens ? m : n, n, nullptr,
                    out.get(), rng() % 2 == 0, static_cast<int>(1 + rng() % 3), &kernels_at(isa)};
-  if (in_place) call.places = places.data();
   if (!run_sampled(call)) return false;
   for (uint32_t b = 0; b < w.blocks; ++b)
     for (int64_t r = 0; r < m; ++r)
@@ -314,7 +310,7 @@ bool sampled_case(int64_t m, int64_t k, int64_t n, uint32_t block, int kind, int
         double exact = call.accumulate ? before[i] : 0.0, scale = std::fabs(exact);
         for (int64_t t = 0; t < n; ++t) {
           const double left = tokens ? g[t * m + r] : g[r * n + t];
-          const double right = tokens ? x[t * k + c] : x[in_place ? places[c] + t : c * n + t];
+          const double right = tokens ? x[t * k + c] : x[c * n + t];
           exact += left * right;
           scale += std::fabs(left * right);
         }
@@ -340,6 +336,8 @@ bool transpose_case(int64_t m, int64_t k, uint32_t block, uint32_t block_of_tran
 }
 
 }  // namespace
+
+int group_cases(int* done);  // driver_groups.cpp
 
 int main() {
   set_grain(1);
@@ -369,6 +367,7 @@ int main() {
     failed += bitmap_cases::run_all(isa, 300);
   for (int i = 0; i < 200; ++i, ++done)
     failed += !transpose_case(pick(sizes), pick(sizes), pick(blocks), pick(blocks));
+  failed += group_cases(&done);
   failed += vector_cases(&done);
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);
   return failed != 0;

@@ -18,7 +18,16 @@ from prunus.drive import Attached, attach, attached, prune, sensitivity
 from prunus.errors import PrunusError
 from prunus.evidence import Evidence, evidence
 from prunus.metrics import flops_table
-from prunus.runtime import Plan, SparseConv2d, SparseLinear, compile, latency_table, load, save
+from prunus.runtime import (
+    Plan,
+    SparseConv1d,
+    SparseConv2d,
+    SparseLinear,
+    compile,
+    latency_table,
+    load,
+    save,
+)
 from prunus.training import sparse_training
 
 __version__ = "0.1.0"
@@ -31,6 +40,7 @@ __all__ = [
     "PrunusError",
     "Score",
     "Site",
+    "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
     "Sparsifier",

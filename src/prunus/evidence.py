@@ -309,12 +309,13 @@ def _measured_file(path: str | os.PathLike[str]) -> _File:
     return _File(metrics.file_bytes(path), index_bits, values / nonzeros if nonzeros else 32.0)
 
 
+PACKED = (runtime.SparseLinear, runtime.SparseConv1d, runtime.SparseConv2d)
+
+
 def _plain_layers(network: nn.Module) -> nn.Module:
     """Return the network with packed layers as ordinary ones: what a file of it would hold."""
     packed = {
-        id(module): module.to_dense()
-        for module in network.modules()
-        if isinstance(module, (runtime.SparseLinear, runtime.SparseConv2d))
+        id(module): module.to_dense() for module in network.modules() if isinstance(module, PACKED)
     }
     return copy.deepcopy(network, packed) if packed else network
 

@@ -41,11 +41,22 @@ inline Vec load_n(const float* from, int64_t count) {
   return _mm256_maskload_ps(from, first(count));
 }
 
-// from[0], from[2], ...: `count` of them.
-inline Vec load_even(const float* from, int64_t count) {
-  const Vec low = load_n(from, 2 * count - 1), high = load_n(from + kLanes, 2 * count - 1 - kLanes);
+using Mask = __m256i;
+
+inline Mask between(int64_t low, int64_t high) {
+  return _mm256_andnot_si256(first(low), first(high));
+}
+inline Vec load_where(const float* from, Mask mask) { return _mm256_maskload_ps(from, mask); }
+
+// Lanes 0, 2, ... of two vectors.
+inline Vec even(Vec low, Vec high) {
   const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));
   return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8));
+}
+
+// from[0], from[2], ...: `count` of them.
+inline Vec load_even(const float* from, int64_t count) {
+  return even(load_n(from, 2 * count - 1), load_n(from + kLanes, 2 * count - 1 - kLanes));
 }
 
 inline void store_n(float* to, Vec v, int64_t count) {
@@ -79,6 +90,8 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
 #include "kernels/conv-inl.h"
+#include "kernels/depthwise-inl.h"
+#include "kernels/groups-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"

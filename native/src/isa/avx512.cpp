@@ -50,11 +50,22 @@ inline Vec load_n(const float* from, int64_t count) {
   return _mm512_maskz_loadu_ps(first(count), from);
 }
 
+using Mask = __mmask16;
+
+inline Mask between(int64_t low, int64_t high) {
+  return static_cast<__mmask16>(first(high) & ~first(low));
+}
+inline Vec load_where(const float* from, Mask mask) { return _mm512_maskz_loadu_ps(mask, from); }
+
+// Lanes 0, 2, ... of two vectors.
+inline Vec even(Vec low, Vec high) {
+  const __m512i lane = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return _mm512_permutex2var_ps(low, lane, high);
+}
+
 // from[0], from[2], ...: `count` of them.
 inline Vec load_even(const float* from, int64_t count) {
-  const Vec low = load_n(from, 2 * count - 1), high = load_n(from + kLanes, 2 * count - 1 - kLanes);
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  return _mm512_permutex2var_ps(low, even, high);
+  return even(load_n(from, 2 * count - 1), load_n(from + kLanes, 2 * count - 1 - kLanes));
 }
 
 inline void store_n(float* to, Vec v, int64_t count) {
@@ -121,6 +132,8 @@ inline Vec sum_lanes(Vec (&b)[kLanes]) {
 #include "kernels/tiles-inl.h"
 #endif
 #include "kernels/conv-inl.h"
+#include "kernels/depthwise-inl.h"
+#include "kernels/groups-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"

@@ -40,6 +40,24 @@ inline Vec load_even(const float* from, int64_t count) {
   return v;
 }
 
+struct Mask {
+  int64_t low, high;
+};
+
+inline Mask between(int64_t low, int64_t high) {
+  return {low < 0 ? 0 : low, high < kLanes ? high : kLanes};
+}
+
+inline Vec load_where(const float* from, const Mask& mask) {
+  Vec v = zero();
+  for (int64_t i = mask.low; i < mask.high; ++i) v.lane[i] = from[i];
+  return v;
+}
+
+inline Vec even(const Vec& low, const Vec& high) {
+  return {{low.lane[0], low.lane[2], high.lane[0], high.lane[2]}};
+}
+
 inline void store_n(float* to, const Vec& v, int64_t count) {
   for (int i = 0; i < count && i < kLanes; ++i) to[i] = v.lane[i];
 }
@@ -117,6 +135,8 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #include "kernels/tiles-inl.h"
 #endif
 #include "kernels/conv-inl.h"
+#include "kernels/depthwise-inl.h"
+#include "kernels/groups-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
 #include "kernels/conv-grad-inl.h"

@@ -4,6 +4,8 @@ void spmm_tokens_f32(const Task& task) { spmm<Tokens>(task); }
 void spmm_planes_f32(const Task& task) { spmm<Planes>(task); }
 void spmv_f32(const Task& task) { spmv(task); }
 void conv_f32(const Task& task) { conv(task); }
+void depthwise_f32(const Task& task) { depthwise(task); }
+void conv_groups_f32(const Task& task) { conv_groups(task); }
 void conv_grad_f32(const Task& task) { conv_grad(task); }
 void vectors_tokens_f32(const Task& task) { vectors<Tokens, Broadcasts<FloatVectors>>(task); }
 void vectors_planes_f32(const Task& task) { vectors<Planes, Broadcasts<FloatVectors>>(task); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from prunus.errors import ShapeError, ValueRangeError
 
@@ -43,7 +44,7 @@ class Geometry:
                 f"{self.kernel} with dilation {self.dilation} and padding {self.padding}"
             )
 
-    @property
+    @property  # not cached: torch.compile traces it
     def out_size(self) -> Pair:
         """(height, width) of the result."""
         top, bottom, left, right = self.padding
@@ -65,6 +66,10 @@ class Geometry:
         """What `conv_ptr` takes: batch, channels, groups, then per axis input and output size,
         kernel, stride, dilation and the zeros before.
         """
+        return self._numbers
+
+    @functools.cached_property
+    def _numbers(self) -> tuple[int, ...]:
         out = self.out_size
         axes = [
             (self.size[i], out[i], self.kernel[i], self.stride[i], self.dilation[i],

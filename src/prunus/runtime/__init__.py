@@ -1,6 +1,7 @@
 """Running and storing sparse models: packed files, packed layers, and the planner."""
 
 from prunus.runtime.compile import compile
+from prunus.runtime.conv1d import SparseConv1d
 from prunus.runtime.files import FileLayer, layers_from_file
 from prunus.runtime.modules import SparseConv2d, SparseLinear
 from prunus.runtime.plan import Layer, Plan, Row
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "Row",
     "Saved",
+    "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
     "VerificationError",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import ShapeError
+from prunus.runtime.conv1d import SparseConv1d
 from prunus.runtime.dense import DenseLayer
 from prunus.runtime.epilogue import Fusing
 from prunus.runtime.groups import grouped_layer, grouping_of
@@ -20,15 +21,18 @@ from prunus.runtime.plan import (
     BITMAP_BF16,
     BITMAP_INT8,
     DENSE_BF16,
+    DIRECT,
     GROUPS,
     SPARSE,
     TILED,
     Layer,
 )
 
-KINDS = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
-BOTH = frozenset(KINDS.values())
+KINDS = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
+ALL = frozenset(KINDS.values())
 LINEAR = frozenset({"linear"})
+DIRECT_CHANNELS = 4
+"""Channels per group up to which a dense convolution is tried through the packed kernels."""
 PRECISIONS = (torch.float32, torch.bfloat16, torch.int8)
 """What weights may be rounded to; each allows those before it."""
 
@@ -52,7 +56,7 @@ class Candidate:
 
 # One row per way. The first sparse one that is no slower than the others is taken.
 TABLE = (
-    Candidate(SPARSE, BOTH, lambda module: pack_layer(module)),
+    Candidate(SPARSE, ALL, lambda module: pack_layer(module)),
     Candidate(TILED, LINEAR, lambda module: packed_layer(module, "tiled_f32")),
     Candidate(BITMAP, LINEAR, lambda module: packed_layer(module, "bitmap_f32")),
     Candidate(
@@ -69,6 +73,13 @@ TABLE = (
         dtype=torch.int8,
     ),
     Candidate(
+        DIRECT,
+        ALL - LINEAR,
+        lambda module: pack_layer(module),
+        fits=lambda module: is_direct(module),
+        sparse=False,
+    ),
+    Candidate(
         GROUPS,
         LINEAR,
         lambda module: grouped_layer(module),
@@ -83,7 +94,7 @@ TABLE = (
     ),
     Candidate(
         DENSE_BF16,
-        BOTH,
+        ALL,
         lambda module: dense_layer(module, torch.bfloat16),
         sparse=False,
         dtype=torch.bfloat16,
@@ -156,10 +167,19 @@ def first_of(example: Any) -> Any:
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """{first name: module} of every linear layer and 2-d convolution, subclasses included."""
+    """{first name: module} of every linear layer, 1-d and 2-d convolution, subclasses too."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, tuple(KINDS))
     }
+
+
+def is_direct(module: nn.Module) -> bool:
+    """Whether the packed kernels may beat torch on a dense layer: convolutions of few channels."""
+    few = (
+        isinstance(module, (nn.Conv1d, nn.Conv2d))
+        and module.in_channels // module.groups <= DIRECT_CHANNELS
+    )
+    return few and type(module) in KINDS
 
 
 def kind_of(module: nn.Module) -> str:
@@ -238,11 +258,13 @@ def refusal(module: nn.Module, owners: Mapping[int, list[str]], calls: Mapping[C
 
 def _plain(module: nn.Module) -> str:
     """The torch class that a subclass extends."""
-    return "nn.Linear" if isinstance(module, nn.Linear) else "nn.Conv2d"
+    return next(f"nn.{kind.__name__}" for kind in KINDS if isinstance(module, kind))
 
 
-def pack_layer(module: nn.Module) -> SparseLinear | SparseConv2d:
+def pack_layer(module: nn.Module) -> SparseLinear | SparseConv1d | SparseConv2d:
     """The packed twin of a layer."""
+    if isinstance(module, nn.Conv1d):
+        return SparseConv1d.from_dense(module)
     if isinstance(module, nn.Conv2d):
         return SparseConv2d.from_dense(module)
     if isinstance(module, nn.Linear):
@@ -263,7 +285,7 @@ def is_finite(weight: Any) -> bool:
 
 def dense_layer(module: nn.Module, dtype: torch.dtype = torch.float32) -> DenseLayer:
     """The layer with a weight of its own in this dtype."""
-    assert isinstance(module, (nn.Linear, nn.Conv2d))
+    assert isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
     return DenseLayer(module, dtype)
 
 

@@ -41,10 +41,12 @@ def compile(
     """A copy of the model for inference, with packed layers where they are faster; see `.plan`.
 
     example_inputs: a tensor, a tuple of positional or a mapping of named inputs, of the shapes that
-    will be used; a list of these if several sizes will be. Each nn.Linear and nn.Conv2d at
+    will be used; a list of these if several sizes will be. Each nn.Linear and convolution at
     `minimum_sparsity` or more is timed against its packed twin on its real input shapes, then the
     whole model against the dense one; what does not win, in sum and on every example, stays dense.
-    A model with convolutions takes the faster memory format, too. Before that a batch norm that
+    Below that, convolutions of at most four channels per group (depthwise ones and first layers)
+    are timed as "direct" against torch's. A model with convolutions takes the faster memory
+    format, too. Before that a batch norm that
     directly follows a layer is folded into it and becomes nn.Identity. A packed layer also computes
     the residual addition and then the activation (ReLU, ReLU6, GELU, SiLU) behind it; a module
     whose forward pass changes by that keeps its class but runs a traced one, for arguments as in
@@ -55,7 +57,7 @@ def compile(
     torch.int8 allows weights in int8, too, with one scale per row.
     duplicate_weights: a layer whose fastest way differs between sizes of its input may hold its
     weight once per way; otherwise it takes the best on the whole, and holds the weight once.
-    choose(layer) -> "csr" or "dense" decides instead of the clock; `Plan.choose` is one.
+    choose(layer) -> "csr", "direct" or "dense" decides instead of the clock; `Plan.choose` is one.
     The copy is in eval mode and its parameters want no gradients; the original is untouched. The
     plan is its attribute `plan` (`prunus_plan` if the model has a `plan` of its own). Times of
     layers are kept on disk, in $PRUNUS_CACHE.

@@ -23,7 +23,7 @@ from prunus.runtime.assemble import assemble, in_channels_last
 from prunus.runtime.candidates import Call, Calls, Candidate
 from prunus.runtime.epilogue import Fusing
 from prunus.runtime.measure import interleaved, machine
-from prunus.runtime.plan import DENSE, Layer, Plan, Row
+from prunus.runtime.plan import DENSE, DIRECT, Layer, Plan, Row
 from prunus.runtime.switch import Switch, bounds, bucket_of, rows_of
 
 Choose = Callable[[Layer], str]
@@ -37,6 +37,7 @@ LAYER_BUDGET = 0.15
 MOST_BUCKETS = 8
 """Buckets per layer that are measured, the most frequent first."""
 LAST = "channels_last"
+APART = "channels_last between contiguous images"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,13 @@ def measured(
         reason = f"less than {options.minimum_sparsity:.0%} sparse"
     elif kernels.active_isa() == kernels.FALLBACK:
         reason = "no native module: the NumPy kernels are for checking only"
-    tried = {name: way for name, way in ways.items() if not (reason and way.sparse)}
+    few = layer.sparsity < options.minimum_sparsity and kernels.active_isa() != kernels.FALLBACK
+    # The direct way is the packed twin again: it stands in where that is not tried.
+    tried = {
+        name: way
+        for name, way in ways.items()
+        if (few if name == DIRECT else not (reason and way.sparse))
+    }
     if not tried:
         return row_of(layer, DENSE, reason)
     row = judged(layer, _times(layer, module, calls, tried, options), tried, options)
@@ -185,7 +192,9 @@ def _times(
     options: Options,
 ) -> Times:
     """Seconds of every way by bucket, from the disk or the clock."""
-    names = (*ways, DENSE, LAST) if layer.kind == "conv2d" else (*ways, DENSE)
+    # Direct layers stand between packed ones: torch has to take and give contiguous images, too.
+    last = APART if DIRECT in ways else LAST
+    names = (*ways, DENSE, last) if layer.kind == "conv2d" else (*ways, DENSE)
     runners = {
         name: functools.cache(functools.partial(_runner, name, module, ways)) for name in names
     }
@@ -195,7 +204,7 @@ def _times(
         seconds = cache.get(key, frozenset(runners))
         if seconds is None:
             x = call.sample()
-            inputs = {name: channels_last(x) if name == LAST else x for name in runners}
+            inputs = dict.fromkeys(runners, x) | {LAST: channels_last(x), APART: x.contiguous()}
             runs = {name: bound(make(), inputs[name]) for name, make in runners.items()}
             seconds = interleaved(runs, budget=LAYER_BUDGET)
             cache.put(key, seconds)
@@ -207,9 +216,18 @@ def _runner(name: str, module: nn.Module, ways: Mapping[str, Candidate]) -> nn.M
     """A layer in one of its ways."""
     if name in ways:
         return ways[name].build(module)
-    if name == LAST:
-        return in_channels_last(copy.deepcopy(module).eval())
+    if name in (LAST, APART):
+        last = in_channels_last(copy.deepcopy(module).eval())
+        return last if name == LAST else _Contiguous(last)
     return assemble(module, {}, share=True)
+
+
+class _Contiguous(nn.Sequential):
+    """A layer whose images come out contiguous."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Run it, then convert."""
+        return super().forward(input).contiguous()
 
 
 def _buckets(kind: str, calls: Mapping[Call, int]) -> dict[int, tuple[Call, int]]:
@@ -234,7 +252,7 @@ def _key(layer: Layer, module: nn.Module, call: Call, bucket: int, threads: int)
         "pattern": candidates.pattern_of(weight),
         "bias": module.bias is not None,
         "options": [str(getattr(module, name)) for name in moves if hasattr(module, name)],
-        "input": [bucket, *(call.shape[1:] if layer.kind == "conv2d" else ()), call.layout()],
+        "input": [bucket, *(() if layer.kind == "linear" else call.shape[1:]), call.layout()],
     }
 
 

@@ -16,9 +16,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class DenseLayer(Fusing):
-    """torch's nn.Linear or nn.Conv2d with its weight in `dtype`, from and to the input's dtype."""
+    """torch's linear layer or convolution with its weight in `dtype`, to the input's dtype."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, layer: nn.Linear | nn.Conv1d | nn.Conv2d, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Copy the layer's weight and bias."""
         super().__init__()
         self.register_buffer("weight", layer.weight.detach().to(dtype, copy=True))
@@ -26,7 +28,7 @@ class DenseLayer(Fusing):
         self.register_buffer("bias", bias)
         self.dtype, self.weight_shape = dtype, tuple(layer.weight.shape)
         self.options: dict[str, Any] | None = None
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             self.options = {name: getattr(layer, name) for name in _OPTIONS}
             self.margins = layer._reversed_padding_repeated_twice
         self.eval()
@@ -55,7 +57,8 @@ class DenseLayer(Fusing):
         mode = options.pop("padding_mode")
         if mode != "zeros":
             x, options["padding"] = F.pad(x, self.margins, mode=mode), 0
-        return F.conv2d(x, weight, bias, **options)
+        convolve = F.conv1d if weight.dim() == 3 else F.conv2d
+        return convolve(x, weight, bias, **options)
 
     def extra_repr(self) -> str:
         """Shape and dtype."""

@@ -121,7 +121,8 @@ def _foldable(layer: nn.Module, norm: nn.Module, calls: Mapping[Call, int]) -> b
     weight = layer._parameters.get("weight")
     if type(norm) is not kind or weight is None or not plain(norm):
         return False
-    if any(len(call.shape) != (4 if kind is nn.BatchNorm2d else 2) for call in calls):
+    dims = 2 if isinstance(layer, nn.Linear) else weight.dim()
+    if any(len(call.shape) != dims for call in calls):
         return False
     values = [*layer._parameters.values(), *norm._parameters.values(), *norm._buffers.values()]
     same = all(v is None or v.device == weight.device for v in values)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from prunus import kernels
 from prunus.errors import FormatError, ShapeError
 from prunus.runtime.epilogue import addable
-from prunus.runtime.ops import blob_array, convolved, geometry_of, linear_rows
-from prunus.runtime.weight import PackedWeight, aligned, check_blob, pack_weight
+from prunus.runtime.ops import blob_array, convolved, geometry_of, kept_geometry, linear_rows
+from prunus.runtime.weight import PackedWeight, aligned, check_blob, observed, pack_weight
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -30,12 +30,12 @@ class SparseLinear(PackedWeight):
     @classmethod
     def from_dense(cls, module: nn.Linear, kind: str = "csr_f32") -> SparseLinear:
         """Pack the non-zeros of a dense layer; kind as in `kernels.pack`, bf16 and int8 round."""
-        return cls(pack_weight(module.weight, kind=kind), _copied(module.bias))
+        return cls(pack_weight(module.weight, kind=kind), copied(module.bias))
 
     def to_dense(self) -> nn.Linear:
         """The same layer as nn.Linear, in eval mode, without a fused activation."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        return _filled(dense, self)
+        return filled(dense, self)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map input [..., in_features], fp32 or half, to its dtype; ShapeError where K differs.
@@ -66,8 +66,8 @@ class SparseLinear(PackedWeight):
         return f"{sizes}, {self._shape_repr()}"
 
 
-class SparseConv2d(PackedWeight):
-    """A direct 2-d convolution with W [O, C/groups·kh·kw] packed; see PackedWeight."""
+class SparseConv(PackedWeight):
+    """What packed convolutions share: one of 2 dimensions, into which others are turned."""
 
     def __init__(
         self,
@@ -96,37 +96,6 @@ class SparseConv2d(PackedWeight):
         self.padding_mode: PaddingMode = padding_mode
         self.groups = groups
 
-    @classmethod
-    def from_dense(cls, module: nn.Conv2d) -> SparseConv2d:
-        """Pack the non-zeros of a dense convolution."""
-        window, stride = _pair(module.kernel_size), _pair(module.stride)
-        return cls(
-            pack_weight(module.weight, kernels.conv_block(window, stride)),
-            _copied(module.bias),
-            kernel_size=window,
-            stride=stride,
-            padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
-            dilation=_pair(module.dilation),
-            padding_mode=cast(PaddingMode, module.padding_mode),
-            groups=module.groups,
-        )
-
-    def to_dense(self) -> nn.Conv2d:
-        """The same layer as nn.Conv2d, in eval mode, without a fused activation."""
-        dense = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=self.bias is not None,
-            padding_mode=self.padding_mode,
-            device="meta",
-        )
-        return _filled(dense, self)
-
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map input [B, C, H, W] or [C, H, W], fp32 or half, to contiguous images of its dtype.
 
@@ -142,11 +111,12 @@ class SparseConv2d(PackedWeight):
         source, padding = self._padded(source if x.dim() == 4 else source.unsqueeze(0))
         moves = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
         if residual is not None:
-            size = geometry_of(source.shape, *moves).out_size
+            known = geometry_of if observed() else kept_geometry
+            size = known(source.shape, *moves).out_size
             if x.dim() != 4 or not addable(x, residual, (len(x), self.out_channels, *size)):
                 return self._apart(x, residual)
         if self._direct(source, bias, residual):
-            geometry = geometry_of(source.shape, *moves)
+            geometry = kept_geometry(source.shape, *moves)
             flags = kernels.ACTIVATIONS[self.activation]
             added = None if residual is None else residual.contiguous()
             y = convolved(
@@ -192,6 +162,41 @@ class SparseConv2d(PackedWeight):
         return f"{sizes}, {moves}, {rest}, {self._shape_repr()}"
 
 
+class SparseConv2d(SparseConv):
+    """A direct 2-d convolution with W [O, C/groups·kh·kw] packed; see PackedWeight."""
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d) -> SparseConv2d:
+        """Pack the non-zeros of a dense convolution."""
+        window, stride = _pair(module.kernel_size), _pair(module.stride)
+        return cls(
+            pack_weight(module.weight, kernels.conv_block(window, stride)),
+            copied(module.bias),
+            kernel_size=window,
+            stride=stride,
+            padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
+            dilation=_pair(module.dilation),
+            padding_mode=cast(PaddingMode, module.padding_mode),
+            groups=module.groups,
+        )
+
+    def to_dense(self) -> nn.Conv2d:
+        """The same layer as nn.Conv2d, in eval mode, without a fused activation."""
+        dense = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            device="meta",
+        )
+        return filled(dense, self)
+
+
 def _pair(value: int | tuple[int, ...]) -> Pair:
     """(height, width) of an int or a pair."""
     if isinstance(value, int):
@@ -200,12 +205,12 @@ def _pair(value: int | tuple[int, ...]) -> Pair:
     return int(height), int(width)
 
 
-def _copied(bias: Tensor | None) -> Tensor | None:
+def copied(bias: Tensor | None) -> Tensor | None:
     """Bias without its graph, in fp32."""
     return None if bias is None else bias.detach().to("cpu", torch.float32)
 
 
-def _filled(dense, module: PackedWeight):
+def filled(dense, module: PackedWeight):
     """Give a meta-device layer the weight and bias of a packed one."""
     weight = torch.from_numpy(kernels.unpack(blob_array(module.packed)))
     state = {"weight": weight.reshape(module.weight_shape)}

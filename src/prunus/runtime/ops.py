@@ -10,6 +10,7 @@ is validated once, where it enters a module.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -92,6 +93,10 @@ def geometry_of(
         (top, bottom, left, right),
         groups,
     )
+
+
+# Kept, as making one costs microseconds in every call; its arguments are tuples of plain numbers.
+kept_geometry = functools.lru_cache(maxsize=1024)(geometry_of)
 
 
 def blob_array(packed: Tensor):

@@ -7,6 +7,8 @@ import math
 from typing import Any
 
 SPARSE = "csr"
+DIRECT = "direct"
+"""A dense convolution through the packed kernels: depthwise ones and those of few channels."""
 GROUPS = "groups"
 TILED = "tiled"
 DENSE = "dense"
@@ -20,7 +22,7 @@ BITMAP_INT8 = "bitmap int8"
 class Layer:
     """A layer that could run sparse: what a `choose` callable is asked about.
 
-    `shape` is that of the dense weight; `kind` is "linear" or "conv2d".
+    `shape` is that of the dense weight; `kind` is "linear", "conv1d" or "conv2d".
     """
 
     name: str
@@ -54,7 +56,7 @@ class Row:
     def sparse(self) -> bool:
         """Whether the layer runs sparse, for some input sizes at least."""
         ways = {choice for _, choice in self.switch} or {self.choice}
-        return not ways <= {DENSE, DENSE_BF16}
+        return not ways <= {DENSE, DENSE_BF16, DIRECT}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,9 @@ from prunus.runtime.epilogue import Fusing
 
 def rows_of(kind: str, shape: Sequence[int]) -> int:
     """How many columns the product of a layer has: tokens, or pixels of all images."""
-    return math.prod(shape[:-1]) if kind == "linear" else math.prod(shape) // shape[-3]
+    if kind == "linear":
+        return math.prod(shape[:-1])
+    return math.prod(shape) // shape[-2 if kind == "conv1d" else -3]
 
 
 def bucket_of(rows: int) -> int:

@@ -146,7 +146,7 @@ class PackedWeight(Fusing, abc.ABC):
 
     def _direct(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
         """Whether the kernel may be called on the addresses, past torch's dispatcher."""
-        if type(x) is not Tensor or _observed():
+        if type(x) is not Tensor or observed():
             return False
         if residual is not None and type(residual) is not Tensor:
             return False
@@ -184,7 +184,7 @@ class PackedWeight(Fusing, abc.ABC):
         return f"bias={self.bias is not None}, sparsity={self.sparsity:.4f}{fused}"
 
 
-def _observed() -> bool:
+def observed() -> bool:
     """Whether someone watches torch's operators: a tracer or a dispatch mode.
 
     A call past the dispatcher would be invisible to them, and a trace silently wrong.
