@@ -51,7 +51,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
+def commit() -> str:
     here = Path(__file__).parent
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
@@ -69,7 +69,7 @@ def write(script: str, options: argparse.Namespace, results: Mapping[str, Any]) 
     content = {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": environment(),
         "load": os.getloadavg()[0],
         "versions": {name: _version(name) for name in PEERS},
