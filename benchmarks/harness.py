@@ -52,11 +52,14 @@ def _version(name: str) -> str:
 
 
 def commit() -> str:
-    here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit that ran; "-dirty" if the library or its kernels differ from it."""
+    top = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=top, capture_output=True, text=True).stdout
+
+    name = git("describe", "--always").strip() or "unknown"
+    return name + "-dirty" * bool(git("status", "--porcelain", "--", "src", "native").strip())
 
 
 def write(script: str, options: argparse.Namespace, results: Mapping[str, Any]) -> Path:
