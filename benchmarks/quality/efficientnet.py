@@ -43,6 +43,12 @@ METHODS: dict[str, Callable[[float], Sparsifier]] = {
     "sparsegpt": pr.methods.sparsegpt,
     "alps": pr.methods.alps,
     "sparsegpt_erk": lambda s: pr.methods.sparsegpt(s, allocation=pr.allocations.erk()),
+    "sparsegpt_lamp": lambda s: pr.compose(
+        pr.scores.lamp(),
+        allocation=pr.allocations.global_(),
+        schedule=pr.schedules.one_shot(s),
+        solve=pr.solvers.sparsegpt(),
+    ),
 }
 NO_DATA = ("random", "magnitude", "magnitude_uniform", "lamp")
 
@@ -102,9 +108,7 @@ def main() -> None:
             if not rows.missing(out, asked):
                 continue
             model, start = copy.deepcopy(original), time.perf_counter()
-            given: dict[str, Any] = (
-                {} if name in NO_DATA else {"batches": list(calibration.split(20))}
-            )
+            batches = None if name in NO_DATA else list(calibration.split(20))
             masks = pr.prune(model, METHODS[name](sparsity), batches=batches)
             seconds = round(time.perf_counter() - start, 1)
             off = sum(int((~mask).sum()) for mask in masks.values())
