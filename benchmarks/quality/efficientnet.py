@@ -43,12 +43,7 @@ METHODS: dict[str, Callable[[float], Sparsifier]] = {
     "sparsegpt": pr.methods.sparsegpt,
     "alps": pr.methods.alps,
     "sparsegpt_erk": lambda s: pr.methods.sparsegpt(s, allocation=pr.allocations.erk()),
-    "sparsegpt_lamp": lambda s: pr.compose(
-        pr.scores.lamp(),
-        allocation=pr.allocations.global_(),
-        schedule=pr.schedules.one_shot(s),
-        solve=pr.solvers.sparsegpt(),
-    ),
+    "sparsegpt_lamp": lambda s: pr.methods.sparsegpt(s, allocation=pr.allocations.lamp()),
 }
 NO_DATA = ("random", "magnitude", "magnitude_uniform", "lamp")
 

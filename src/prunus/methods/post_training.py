@@ -86,8 +86,8 @@ def alps(
     """Find mask and weights of each layer together by ADMM: see solvers.alps.
 
     Wants calibration batches; `pr.prune(..., sequential=True)` is the paper's procedure.
-    Defaults: element, uniform, 300 rounds at most, rho 0.1. Source: Meng, Behdin, Wang, Mazumder 2024,
-    arXiv 2406.07831.
+    Defaults: element, uniform, 300 rounds at most, rho 0.1.
+    Source: Meng, Behdin, Wang, Mazumder 2024, arXiv 2406.07831.
     """
     return compose(
         scores.magnitude(),
