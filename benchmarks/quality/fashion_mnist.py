@@ -115,10 +115,12 @@ def run(
         batch = ten_per_class(data)
         method = AT_START[name](sparsity, steps)
         masks = pr.prune(model, method, inputs=batch[0], batches=[batch], loss=loss, seed=seed)
+    # its paper asks for a momentum of 0.98; the same lr / (1 - momentum) for everyone
+    momentum = 0.98 if name == "global_sparse_momentum" else MOMENTUM
     optimizer = torch.optim.SGD(
         model.parameters(),
-        lr=RATE,
-        momentum=0.98 if name == "global_sparse_momentum" else MOMENTUM,
+        lr=RATE * (1 - momentum) / (1 - MOMENTUM),
+        momentum=momentum,
         weight_decay=DECAY,
     )
     attached = None
