@@ -24,6 +24,7 @@ from torch.optim.swa_utils import update_bn
 
 import prunus as pr
 from prunus.core import Sparsifier
+from prunus.sites import find
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -107,7 +108,7 @@ def main() -> None:
             masks = pr.prune(model, METHODS[name](sparsity), batches=batches)
             seconds = round(time.perf_counter() - start, 1)
             off = sum(int((~mask).sum()) for mask in masks.values())
-            reached = round(off / sum(mask.numel() for mask in masks.values()), 6)
+            reached = round(off / sum(site.size for site in find(model)), 6)
             plain = compare(model, test, dense)
             update_bn([part.clone() for part in calibration.split(20)], model)
             again = {f"{key}_recalibrated": v for key, v in compare(model, test, dense).items()}
