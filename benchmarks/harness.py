@@ -53,12 +53,15 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
-    here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
+def commit() -> str:
+    """The commit that ran; "-dirty" if the library or its kernels differ from it."""
+    top = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=top, capture_output=True, text=True).stdout
+
+    name = git("describe", "--always").strip() or "unknown"
+    return name + "-dirty" * bool(git("status", "--porcelain", "--", "src", "native").strip())
 
 
 def write(script: str, options: argparse.Namespace, results: Mapping[str, Any]) -> Path:
@@ -71,7 +74,7 @@ def write(script: str, options: argparse.Namespace, results: Mapping[str, Any]) 
     content = {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": environment(),
         "load": os.getloadavg()[0],
         "versions": {name: _version(name) for name in PEERS},

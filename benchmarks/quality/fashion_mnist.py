@@ -12,24 +12,36 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import prunus as pr
-from prunus.bench import Dataset, fashion_mnist, fit, lenet_300_100, steps_per_epoch
+from prunus.bench import (
+    Dataset,
+    fashion_cnn,
+    fashion_mnist,
+    fit,
+    lenet_300_100,
+    steps_per_epoch,
+)
 from prunus.core import Sparsifier
+
+sys.path.insert(0, str(Path(__file__).parent))
+import rows
 
 m = pr.methods
 BATCH, RATE, MOMENTUM, DECAY = 128, 0.1, 0.9, 5e-4
 Make = Callable[[float, int], Sparsifier]
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "lenet_300_100": lambda seed: lenet_300_100(seed=seed),
+    "cnn": lambda seed: fashion_cnn(seed=seed),
+}
 
 AT_START: dict[str, Make] = {
     "random_pruning": lambda s, n: m.random_pruning(s),
@@ -92,19 +104,23 @@ def ten_per_class(data: Dataset) -> tuple[Tensor, Tensor]:
     return data.train_inputs[chosen], data.train_targets[chosen]
 
 
-def run(data: Dataset, name: str, sparsity: float, seed: int, epochs: int) -> dict[str, Any]:
+def run(
+    data: Dataset, network: str, name: str, sparsity: float, seed: int, epochs: int
+) -> rows.Row:
     data, validation = held_out(data)
-    model = lenet_300_100(seed=seed)
+    model = NETWORKS[network](seed)
     steps = epochs * steps_per_epoch(data, BATCH)
     start, masks = time.perf_counter(), None
     if name in AT_START:
         batch = ten_per_class(data)
         method = AT_START[name](sparsity, steps)
         masks = pr.prune(model, method, inputs=batch[0], batches=[batch], loss=loss, seed=seed)
+    # its paper asks for a momentum of 0.98; the same lr / (1 - momentum) for everyone
+    momentum = 0.98 if name == "global_sparse_momentum" else MOMENTUM
     optimizer = torch.optim.SGD(
         model.parameters(),
-        lr=RATE,
-        momentum=0.98 if name == "global_sparse_momentum" else MOMENTUM,
+        lr=RATE * (1 - momentum) / (1 - MOMENTUM),
+        momentum=momentum,
         weight_decay=DECAY,
     )
     attached = None
@@ -120,6 +136,7 @@ def run(data: Dataset, name: str, sparsity: float, seed: int, epochs: int) -> di
         )
     losses = fit(model, optimizer, data, epochs=epochs, batch_size=BATCH, seed=seed)
     return {
+        "network": network,
         "method": name,
         "sparsity": sparsity,
         "seed": seed,
@@ -131,40 +148,19 @@ def run(data: Dataset, name: str, sparsity: float, seed: int, epochs: int) -> di
     }
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["method"], row["sparsity"], row["seed"], row["epochs"]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Rows so far; a last line that an interruption cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def table(rows: list[dict[str, Any]], sparsities: list[float]) -> str:
+def table(found: list[rows.Row], network: str, sparsities: list[float]) -> str:
     """Mean and deviation of the accuracy in percent, a row per method."""
     lines = ["method".ljust(30) + "".join(f"{100 * s:>16.4g}%" for s in sparsities)]
     for name in NAMES:
         cells = []
         for sparsity in sparsities:
-            found = [
+            points = [
                 100 * r["accuracy"]
-                for r in rows
-                if r["method"] == name and (r["sparsity"] == sparsity or name == "dense")
+                for r in found
+                if (r["network"], r["method"]) == (network, name)
+                and (r["sparsity"] == sparsity or name == "dense")
             ]
-            text = f"{fmean(found):.2f} +- {pstdev(found):.2f} ({len(found)})" if found else "-"
+            text = f"{fmean(points):.2f} +- {pstdev(points):.2f} ({len(points)})" if points else "-"
             cells.append(text.rjust(17))
         if any(cell.strip() != "-" for cell in cells):
             lines.append(name.ljust(30) + "".join(cells))
@@ -175,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--network", default="lenet_300_100", choices=list(NETWORKS))
     parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98])
     parser.add_argument("--seeds", type=int, default=5)
@@ -184,20 +181,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.out.parent.mkdir(exist_ok=True)
     data = fashion_mnist()
-    done = {key(row) for row in read(options.out)}
     for seed in range(options.seeds):
         for sparsity in options.sparsities:
             for name in options.methods:
-                asked = (name, 0.0 if name == "dense" else sparsity, seed, options.epochs)
-                if asked in done:
-                    continue
-                row = run(data, *asked)
-                append(options.out, row)
-                done.add(asked)
-                print(row, flush=True)
-    print(table(read(options.out), options.sparsities))
+                wanted = 0.0 if name == "dense" else sparsity
+                asked = {"method": name, "sparsity": wanted, "seed": seed, "epochs": options.epochs}
+                if rows.missing(options.out, asked | {"network": options.network}):
+                    done = run(data, options.network, name, wanted, seed, options.epochs)
+                    rows.append(options.out, done)
+    print(table(rows.read(options.out), options.network, options.sparsities))
 
 
 if __name__ == "__main__":

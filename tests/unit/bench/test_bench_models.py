@@ -9,6 +9,7 @@ import torch
 from prunus.bench import (
     bert_base,
     digits_cnn,
+    fashion_cnn,
     lenet_300_100,
     minilm,
     mlp,
@@ -19,6 +20,7 @@ from prunus.errors import ValueRangeError
 from prunus.metrics import counts
 
 CASES = [(mlp, (1, 8, 8)), (digits_cnn, (1, 8, 8)), (lenet_300_100, (1, 28, 28))]
+CASES += [(fashion_cnn, (1, 28, 28))]
 
 
 @pytest.mark.parametrize(("build", "shape"), CASES)

@@ -50,7 +50,22 @@ def matrix(model):
     return turned(site, model.get_parameter(site.name).detach()).flatten(1)
 
 
+class SelfPadded(nn.Conv2d):
+    """Pads its input itself, more behind than before, as TensorFlow's "SAME" does."""
+
+    def forward(self, x):
+        x = nn.functional.pad(x, (0, 1, 0, 1))
+        if self.padding == "same":
+            return nn.functional.conv2d(x, self.weight, padding="same", dilation=self.dilation)
+        return nn.functional.conv2d(
+            input=x, weight=self.weight, stride=self.stride, padding=0, groups=self.groups
+        )
+
+
 LAYERS = {
+    "own padding": (SelfPadded(3, 4, 3, stride=2, padding=2, bias=False), (2, 3, 6, 8)),
+    "own, grouped": (SelfPadded(4, 4, (3, 2), groups=2, bias=False), (2, 4, 5, 8)),
+    "own, same": (SelfPadded(3, 4, (3, 5), padding="same", bias=False), (2, 3, 5, 8)),
     "linear": (nn.Linear(5, 3, bias=False), (2, 4, 5)),
     "Conv1D": (Conv1D(3, 5), (2, 4, 5)),
     "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), (2, 4, 9)),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunus.core import Site
-from prunus.drive.signals.patches import Inputs, inputs_of
+from prunus.drive.signals.calls import Calls
+from prunus.drive.signals.patches import Inputs, inputs_of, own_forward
 from prunus.drive.signals.sources import Sources, as_call, untouched
 from prunus.errors import SignalError, ValueRangeError
 from prunus.sites import biases_of, evaluating
@@ -129,13 +130,16 @@ def watching(
     Raises SignalError for a site whose inputs cannot be seen, such as the weights of an nn.LSTM.
     """
     known: dict[int, Site] = {id(parameters[site.name]): site for site in sites}
-    handles, watched = [], set()
+    handles, watched, called = [], set(), {}
     for module in model.modules():
         for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             site = known.get(id(parameter))
             if site is None or inputs_of(module, own) is None:
                 continue
             watched.add(site.name)
+            if own_forward(module):
+                called[id(parameter)] = site.name
+                continue
             hook = _hook(own, site.name, see)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
@@ -146,7 +150,8 @@ def watching(
                     f"known for linear, bilinear and convolution layers and recurrent cells; "
                     f"exclude it, or take a method that reads no inputs"
                 )
-        yield
+        with Calls(called, see) if called else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()

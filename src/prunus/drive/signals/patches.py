@@ -42,6 +42,9 @@ class Inputs:
         return self.source is other.source and self.key == other.key
 
 
+Step = tuple[int, int, int, int]
+"""Kernel size, dilation, stride and output size of an axis."""
+
 Reader = Callable[[nn.Module, tuple[Any, ...], Any], Inputs]
 
 
@@ -58,6 +61,15 @@ def inputs_of(module: nn.Module, parameter: str) -> Reader | None:
     if isinstance(module, TRANSPOSED):
         return _transposed
     return _convolution if isinstance(module, CONVOLUTIONS) else None
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Tell whether a convolution's class computes its output in a way of its own.
+
+    What the weight is multiplied with is then known from the call of torch.conv2d only.
+    """
+    stock = next((kind for kind in CONVOLUTIONS if isinstance(module, kind)), None)
+    return stock is not None and type(module).forward is not stock.forward
 
 
 def _whole(source: Tensor, rows: Tensor, key: tuple[Any, ...]) -> Inputs:
@@ -84,20 +96,30 @@ def _bilinear(module: nn.Module, args: tuple[Any, ...], output: Any) -> Inputs:
 
 
 def _convolution(module: Any, args: tuple[Any, ...], output: Tensor) -> Inputs:
-    """Patches of a convolution: columns are (input channel of the group, kernel position)."""
-    x, size = _batched(args[0], module), output.shape[-len(module.kernel_size) :]
-    pads = module._reversed_padding_repeated_twice
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    """Patches of a module with the stock forward."""
+    size = output.shape[-len(module.kernel_size) :]
     steps = list(zip(module.kernel_size, module.dilation, module.stride, size, strict=True))
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return patches_of(args[0], steps, module._reversed_padding_repeated_twice, mode, module.groups)
+
+
+def patches_of(
+    source: Tensor, steps: Sequence[Step], pads: Sequence[int], mode: str, groups: int
+) -> Inputs:
+    """Patches of a convolution: columns are (input channel of the group, kernel position).
+
+    source: [batch, channels, ...] or without the batch; pads: as functional.pad takes them.
+    """
+    x = source if source.ndim == len(steps) + 2 else source[None]
+    places = math.prod(step[3] for step in steps)
 
     def patches() -> Iterator[Tensor]:
-        for part in _parts(x, math.prod(size) * x.shape[1] * math.prod(module.kernel_size)):
-            padded = functional.pad(part, pads, mode=mode)
-            yield _cut(padded, steps, module.groups)
+        each = places * x.shape[1] * math.prod(step[0] for step in steps)
+        for part in _parts(x, each):
+            yield _cut(functional.pad(part, list(pads), mode=mode), steps, groups)
 
-    key = (x._version, module.kernel_size, module.dilation, module.stride, pads, mode)
-    rows = len(x) * math.prod(size)
-    return Inputs(args[0], (*key, module.groups, *size), rows, patches)
+    key = (x._version, tuple(steps), tuple(pads), mode, groups)
+    return Inputs(source, key, len(x) * places, patches)
 
 
 def _transposed(module: Any, args: tuple[Any, ...], output: Tensor) -> Inputs:
@@ -106,7 +128,8 @@ def _transposed(module: Any, args: tuple[Any, ...], output: Tensor) -> Inputs:
     A row of the turned weight serves one output of every group; outputs of a group see only its
     channels, so each group gives rows of its own, with zeros in the columns of the others.
     """
-    x, size = _batched(args[0], module), output.shape[-len(module.kernel_size) :]
+    size = output.shape[-len(module.kernel_size) :]
+    x = args[0] if args[0].ndim == len(size) + 2 else args[0][None]
     steps = list(zip(module.kernel_size, module.dilation, (1,) * len(size), size, strict=True))
 
     def patches() -> Iterator[Tensor]:
@@ -136,20 +159,13 @@ def _stretched(x: Tensor, module: Any, size: tuple[int, ...]) -> Tensor:
     return functional.pad(wide, pads)
 
 
-def _batched(x: Tensor, module: Any) -> Tensor:
-    return x if x.ndim == len(module.kernel_size) + 2 else x[None]
-
-
 def _parts(x: Tensor, each: int) -> tuple[Tensor, ...]:
     """Split a batch so that the patches of a part stay below LIMIT; each: of one example."""
     return x.split(max(1, LIMIT // max(1, each)))
 
 
-def _cut(x: Tensor, steps: Sequence[tuple[int, int, int, int]], groups: int) -> Tensor:
-    """Return [groups, n, channels of a group * kernel positions] of a padded input.
-
-    steps: kernel size, dilation, stride, output size of every axis.
-    """
+def _cut(x: Tensor, steps: Sequence[Step], groups: int) -> Tensor:
+    """Return [groups, n, channels of a group * kernel positions] of a padded input."""
     shifted = [
         x[
             (
