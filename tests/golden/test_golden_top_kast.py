@@ -38,13 +38,7 @@ def test_top_kast_in_training_is_a_loop_over_theta(kind):
     model, x, y = model_and_data()
     theta = {n: p.detach().clone() for n, p in model.named_parameters()}
     twin, _, _ = model_and_data()
-    momentum = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-    if kind == "adam":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-        other = torch.optim.AdamW(twin.parameters(), lr=0.02)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), **momentum)
-        other = torch.optim.SGD(twin.parameters(), **momentum)
+    optimizer, other = optimizer_of(kind, model), optimizer_of(kind, twin)
     attached = attach(methods.top_kast(0.75, 100, decay=0.003), model, optimizer)
     sets = {}
     for step in range(8):
@@ -95,6 +89,12 @@ def test_top_kast_in_training_is_a_loop_over_theta(kind):
     for name in sets:
         full = model.get_parameter(name) + attached.state.statistics[RESERVE][name]
         torch.testing.assert_close(full.detach(), theta[name])
+
+
+def optimizer_of(kind, model):
+    if kind == "adam":
+        return torch.optim.AdamW(model.parameters(), lr=0.02)
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
 
 
 def choose(theta):

@@ -44,23 +44,21 @@ def compile(
     will be used; a list of these if several sizes will be. Each nn.Linear and convolution at
     `minimum_sparsity` or more is timed against its packed twin on its real input shapes, then the
     whole model against the dense one; what does not win, in sum and on every example, stays dense.
-    Below that, convolutions of at most four channels per group (depthwise ones and first layers)
-    are timed as "direct" against torch's. A model with convolutions takes the faster memory
-    format, too. Before that a batch norm that
+    Below that, convolutions of at most four channels per group are timed as "direct" against
+    torch's. Models with convolutions take the faster memory format, too. Before, a batch norm that
     directly follows a layer is folded into it and becomes nn.Identity. A packed layer also computes
-    the residual addition and then the activation (ReLU, ReLU6, GELU, SiLU) behind it; a module
-    whose forward pass changes by that keeps its class but runs a traced one, for arguments as in
-    the example. Packed linear layers of one module that read the same tensor become one, where that
-    is faster; their outputs are views of its output. Those that follow each other become a chain.
+    the residual addition and the activation (ReLU, ReLU6, GELU, SiLU) behind it; a module that this
+    changes keeps its class but runs a traced forward pass, for arguments as in the example. Packed
+    linear layers of one module that read the same tensor become one where that is faster, with
+    outputs that are views; those that follow each other become a chain.
     threads: what to measure with (None: torch.get_num_threads()).
     dtype: torch.bfloat16 also allows weights and dense layers in bfloat16, where they win;
     torch.int8 allows weights in int8, too, with one scale per row.
     duplicate_weights: a layer whose fastest way differs between sizes of its input may hold its
     weight once per way; otherwise it takes the best on the whole, and holds the weight once.
     choose(layer) -> "csr", "direct" or "dense" decides instead of the clock; `Plan.choose` is one.
-    The copy is in eval mode and its parameters want no gradients; the original is untouched. The
-    plan is its attribute `plan` (`prunus_plan` if the model has a `plan` of its own). Times of
-    layers are kept on disk, in $PRUNUS_CACHE.
+    The copy is in eval mode, without gradients; the original is untouched. Its plan is in `plan`
+    (`prunus_plan` if the model has a `plan`). Times of layers are kept on disk in $PRUNUS_CACHE.
     Raises VerificationError where outputs differ, ShapeError for parameters without data,
     ValueRangeError for wrong arguments and examples that the model does not take.
     """
@@ -86,9 +84,14 @@ def compile(
     names = tuple(group.names for group in merged.groups) if form.merged else ()
     plan = dataclasses.replace(plan, rows=rows, merged=names, chained=chained * form.swapped)
     final = form.of(made(form, share=False)).requires_grad_(False)
-    taken = not isinstance(getattr(model, "plan", plan), Plan)
-    setattr(final, "prunus_plan" if taken else "plan", plan)
+    setattr(final, _plan_name(model), plan)
     return final
+
+
+def _plan_name(model: nn.Module) -> str:
+    """The attribute for the plan, where the model may have a `plan` of its own."""
+    taken = hasattr(model, "plan") and not isinstance(model.plan, Plan)
+    return "prunus_plan" if taken else "plan"
 
 
 def _made(

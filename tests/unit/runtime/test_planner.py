@@ -80,7 +80,14 @@ def test_timing_goes_on_while_a_close_race_is_disturbed():
 
 
 @pytest.fixture
-def kept(tmp_path, monkeypatch):
+def few_ways(monkeypatch):
+    """What the clock chooses between, whatever else the table offers."""
+    table = tuple(way for way in candidates.TABLE if way.name in ("csr", "dense bf16"))
+    monkeypatch.setattr(candidates, "TABLE", table)
+
+
+@pytest.fixture
+def kept(few_ways, tmp_path, monkeypatch):
     """A cache folder, and how often something is timed."""
     monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path / "times"))
     timed = []
@@ -233,7 +240,7 @@ def spread(model, bucket_times, monkeypatch):
     return [torch.randn(4, 20), torch.randn(300, 20)]
 
 
-def test_a_layer_may_switch_between_its_ways_if_it_may_hold_its_weight_twice(monkeypatch):
+def test_a_layer_may_switch_between_its_ways_if_it_may_hold_its_weight_twice(few_ways, monkeypatch):
     model = pruned(nn.Sequential(nn.Linear(20, 30), nn.GELU()))
     times = {4: {"csr": 1.0, "dense": 2.0}, 300: {"csr": 9.0, "dense": 8.0}}
     examples = spread(model, times, monkeypatch)
@@ -303,7 +310,7 @@ def test_a_dense_layer_in_bfloat16_rounds_only_weights_and_inputs(layer, shape):
     assert narrow.sparse_counts()["weight"][0] == tuple(layer.weight.shape)
 
 
-def test_bfloat16_wins_where_it_is_allowed_and_faster(monkeypatch):
+def test_bfloat16_wins_where_it_is_allowed_and_faster(few_ways, monkeypatch):
     model = pruned(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 9)), 0.5)
     x, seconds = torch.randn(6, 40), {"csr": 3.0, "dense": 2.0, "dense bf16": 1.0}
 
