@@ -64,8 +64,8 @@ def decide(model: nn.Module, calls: Calls, options: Options) -> tuple[Plan, dict
     twins: dict[str, nn.Module] = {}
     for name, module in candidates.layers_of(model).items():
         layer = candidates.layer_of(name, module)
-        ways = candidates.ways_of(layer, module, options.dtype)
         reason = candidates.refusal(module, owners, calls[name])
+        ways = {} if reason else candidates.ways_of(layer, module, options.dtype)
         if reason:
             row = row_of(layer, DENSE, reason)
         elif options.choose is not None:
