@@ -28,7 +28,7 @@ OURS = "prunus"
 BLOCK = re.compile(
     r"(<!-- (ratios|times|accuracy|rows|machine) ([^>]*?) -->\n).*?(<!-- end -->)", re.S
 )
-MEASURED = ("seconds", "speedup", "plan", "bytes")
+MEASURED = ("seconds", "speedup", "plan", "bytes", "gflops_on_nonzeros", "share_of_limit")
 """Parts of a case that do not say what the case is."""
 
 

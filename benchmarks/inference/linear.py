@@ -1,24 +1,30 @@
-"""Sparse linear layers against dense torch, torch CSR and scipy: unstructured fp32."""
+"""Sparse linear layers, unstructured fp32, many columns: against every peer at hand.
+
+"prunus" is the faster of the layouts that `compile` measures (csr, tiled, bitmap). The limit is
+that of multiply-adds, measured in the same run.
+"""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
+import engines
 import harness
-import scipy.sparse
+import peak
 import torch
-from torch import Tensor
 
-from prunus import metrics
-from prunus.runtime import SparseLinear
-
-SHAPES = ((512, 512), (1024, 1024), (3072, 768), (768, 3072), (2048, 2048), (4096, 4096))
-TOKENS = (1, 8, 64, 128, 512)
-SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+SHAPES = (
+    (512, 512), (1024, 1024), (3072, 768), (768, 3072), (2048, 2048), (4096, 4096),
+)  # fmt: skip
+TOKENS = (64, 128, 512)
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+KINDS = {"csr": "csr_f32", "tiled": "tiled_f32", "bitmap": "bitmap_f32"}
 
 
 def layer(rows: int, columns: int, sparsity: float) -> torch.nn.Linear:
@@ -31,64 +37,58 @@ def layer(rows: int, columns: int, sparsity: float) -> torch.nn.Linear:
     return made.eval()
 
 
-def case(rows: int, columns: int, sparsity: float, n: int, repetitions: int) -> dict[str, Any]:
-    """Time all peers on one shape, interleaved."""
-    dense = layer(rows, columns, sparsity)
-    weight = dense.weight.detach()
-    x = torch.randn(n, columns)
-    sparse = SparseLinear.from_dense(dense)
-    with_csr = weight.to_sparse_csr()
-    with_scipy, x_numpy = scipy.sparse.csr_matrix(weight.numpy()), x.numpy()
-    bias = dense.bias.detach()
-    outputs: dict[str, Tensor] = {}
-    runs = {
-        "torch dense": lambda: outputs.__setitem__("torch dense", dense(x)),
-        "prunus": lambda: outputs.__setitem__("prunus", sparse(x)),
-        "torch CSR": lambda: outputs.__setitem__("torch CSR", (with_csr @ x.T).T + bias),
-        "scipy CSR": lambda: outputs.__setitem__(
-            "scipy CSR", torch.from_numpy((with_scipy @ x_numpy.T).T) + bias
-        ),
-    }
-    with torch.no_grad():
-        times = metrics.compare(runs, repetitions=repetitions, min_time=100e-6, warmup=2)
-    for name, output in outputs.items():
-        torch.testing.assert_close(output, outputs["torch dense"], rtol=1e-3, atol=1e-3, msg=name)
-    nonzeros = int((weight != 0).sum())
-    gain = metrics.speedup(times["torch dense"], times["prunus"])
+def case(
+    shape: tuple[int, int], sparsity: float, n: int, limit: float, options: Any
+) -> dict[str, Any]:
+    """Time everything on one layer, in turns."""
+    dense = layer(*shape, sparsity)
+    x = torch.randn(n, shape[1], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        held = engines.engines(dense, x, Path(folder), KINDS, options)
+        engines.check(held)
+        times = engines.timed(held, options.repetitions)
+    ours = {name: times.pop(name) for name in KINDS}
+    best = min(ours, key=lambda name: ours[name]["median"])
+    nonzeros = int((dense.weight != 0).sum())
+    speed = 2e-9 * nonzeros * n / ours[best]["median"]
     return {
-        "rows": rows,
-        "columns": columns,
+        "rows": shape[0],
+        "columns": shape[1],
         "sparsity": sparsity,
         "n": n,
-        "seconds": {k: {"median": t.median, "p10": t.p10, "p90": t.p90} for k, t in times.items()},
-        "speedup": {"median": gain.median, "low": gain.low, "high": gain.high},
-        "gflops_on_nonzeros": 2e-9 * nonzeros * n / times["prunus"].median,
+        "seconds": times | {"prunus": ours[best]},
+        "layout": best,
+        "layouts": ours,
+        "gflops_on_nonzeros": speed,
+        "share_of_limit": speed / limit,
     }
 
 
 def main() -> None:
     """Run all cases and print geometric means."""
-    parser = harness.arguments(__doc__ or "")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, a minute")
+    parser = harness.arguments((__doc__ or "").splitlines()[0])
+    parser.add_argument("--deepsparse", help="interpreter of an environment with DeepSparse")
+    parser.add_argument("--quick", action="store_true", help="one shape")
     options = parser.parse_args()
     harness.pin(options.threads)
+    limits = peak.peaks()
+    limit = limits["float32"] * options.threads if limits else float("nan")
     shapes = SHAPES[1:2] if options.quick else SHAPES
     cases = []
-    print("geometric mean over shapes: prunus against torch dense | torch CSR | scipy; GFLOP/s")
+    print(f"times of peers over prunus', geometric means over shapes; limit {limit:.0f} GFLOP/s")
     for n in TOKENS:
         for sparsity in SPARSITIES:
-            rows = [case(*shape, sparsity, n, options.repetitions) for shape in shapes]
+            rows = [case(shape, sparsity, n, limit, options) for shape in shapes]
             cases += rows
-            means = {
-                peer: harness.geometric_mean(
-                    r["seconds"][peer]["median"] / r["seconds"]["prunus"]["median"] for r in rows
-                )
-                for peer in ("torch dense", "torch CSR", "scipy CSR")
-            }
-            speed = harness.geometric_mean(r["gflops_on_nonzeros"] for r in rows)
-            gains = " | ".join(f"{mean:6.2f}x" for mean in means.values())
-            print(f"N={n:4d} sparsity {sparsity:.2f}: {gains}   {speed:6.1f}", flush=True)
-    print(harness.write(__file__, options, {"cases": cases}))
+            words = []
+            for peer in rows[0]["seconds"]:
+                both = [(r["seconds"].get(peer), r["seconds"]["prunus"]) for r in rows]
+                mean = harness.geometric_mean(a["median"] / b["median"] for a, b in both if a)
+                words.append(f"{peer} {mean:.2f}x")
+            share = harness.geometric_mean(row["share_of_limit"] for row in rows)
+            layouts = "/".join(row["layout"] for row in rows)
+            print(f"N={n} at {sparsity:g}: {', '.join(words)}; {share:.0%} of the limit; {layouts}")
+    print(harness.write(__file__, options, {"limits": limits, "cases": cases}))
 
 
 if __name__ == "__main__":

@@ -7,24 +7,19 @@ reads as many bytes, measured in the same turns.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import engines
 import harness
-import numpy as np
 import peers
-import scipy.sparse
 import torch
 from linear import layer
-from torch import Tensor
 
 from prunus.runtime import SparseLinear
 
@@ -38,52 +33,8 @@ KINDS = {"csr": "csr_f32", "bitmap": "bitmap_f32", "bitmap bf16": "bitmap_bf16",
          "bitmap int8": "bitmap_i8"}  # fmt: skip
 FP32 = ("torch", "torch CSR", "scipy CSR", "openvino", "onnxruntime", "deepsparse")
 BF16 = ("torch bf16", "openvino bf16")
-BURST = 200e-6
-"""Seconds of consecutive calls that count as one measurement."""
 LARGE = 8 << 20
 """Dense bytes from which a layer is judged by the roofline."""
-
-
-def engines(dense: torch.nn.Linear, x: Tensor, folder: Path, options: Any) -> dict[str, Any]:
-    """Everything that can run this layer; what is missing is left out."""
-    weight, bias = dense.weight.detach(), dense.bias.detach()
-    csr, x_numpy = scipy.sparse.csr_matrix(weight.numpy()), x.numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch_csr = weight.to_sparse_csr()
-    half, x_half = dense_in_bf16(dense), x.bfloat16()
-    runs: dict[str, Callable[[], Any]] = {
-        "torch": lambda: dense(x),
-        "torch bf16": lambda: half(x_half),
-        "torch CSR": lambda: (torch_csr @ x.T).T + bias,
-        "scipy CSR": lambda: torch.from_numpy((csr @ x_numpy.T).T) + bias,
-    }
-    for name, kind in KINDS.items():
-        module = SparseLinear.from_dense(dense, kind)
-        runs[name] = lambda module=module: module(x)
-    held: dict[str, Any] = {name: peers.Local(run) for name, run in runs.items()}
-    builders: dict[str, Callable[[], Any]] = {}
-    try:
-        path = peers.export(dense, x, folder / "layer.onnx")
-    except peers.Missing:
-        return held
-    builders["onnxruntime"] = lambda: peers.onnx_runtime(path, x, options.threads)
-    builders["openvino"] = lambda: peers.openvino(path, x, options.threads)
-    builders["openvino bf16"] = lambda: peers.openvino(path, x, options.threads, "bf16")
-    builders["deepsparse"] = lambda: peers.deepsparse(options.deepsparse, path, x, options.threads)
-    for name, build in builders.items():
-        try:
-            held[name] = build()
-        except peers.Missing:
-            continue
-    return held
-
-
-def dense_in_bf16(dense: torch.nn.Linear) -> torch.nn.Linear:
-    """A copy in bfloat16."""
-    made = torch.nn.Linear(dense.in_features, dense.out_features, dtype=torch.bfloat16)
-    made.load_state_dict(dense.state_dict())
-    return made.eval()
 
 
 def readers(dense: torch.nn.Linear) -> tuple[dict[str, Any], dict[str, int]]:
@@ -103,29 +54,18 @@ def case(shape: tuple[int, int], sparsity: float, n: int, options: Any) -> dict[
     dense = layer(*shape, sparsity)
     x = torch.randn(n, shape[1], generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        held = engines(dense, x, Path(folder), options)
-        exact = held["torch"].output
-        for name, engine in held.items():
-            allowed = 1e-3 if name in (*FP32, "csr", "bitmap") else 0.05
-            error = np.abs(engine.output.reshape(exact.shape) - exact).max() / np.abs(exact).max()
-            assert error < allowed, (name, error)
+        held = engines.engines(dense, x, Path(folder), KINDS, options)
+        engines.check(held)
         reading, sizes = readers(dense)
         held |= reading
-        calls = {name: max(1, round(BURST / min(e.seconds(3)))) for name, e in held.items()}
-        times: dict[str, list[float]] = {name: [] for name in held}
-        for _ in range(options.repetitions):
-            for name, engine in held.items():
-                times[name].append(statistics.median(engine.seconds(calls[name])))
-        for engine in held.values():
-            engine.close()
-    middle = {name: statistics.median(values) for name, values in times.items()}
+        times = engines.timed(held, options.repetitions)
+    middle = {name: time["median"] for name, time in times.items()}
     return {
         "rows": shape[0],
         "columns": shape[1],
         "sparsity": sparsity,
         "n": n,
-        "seconds": middle,
-        "least": {name: min(values) for name, values in times.items()},
+        "seconds": times | {"prunus": min((times[name] for name in ("csr", "bitmap")), key=median)},
         "bytes": sizes,
         "roofline": {name: middle[f"read {name}"] / middle[name] for name in KINDS},
         "gain": {
@@ -133,6 +73,11 @@ def case(shape: tuple[int, int], sparsity: float, n: int, options: Any) -> dict[
             "bf16": gain(middle, BF16, ("csr", "bitmap", "bitmap bf16")),
         },
     }
+
+
+def median(time: dict[str, float]) -> float:
+    """What is compared."""
+    return time["median"]
 
 
 def gain(seconds: dict[str, float], rivals: tuple[str, ...], ours: tuple[str, ...]) -> float:
