@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import fashion_mnist as base
+import rows
 import torch
 from torch import Tensor, nn
 
@@ -183,10 +184,10 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[k] for k in ("model", "way", "method", "sparsity", "seed", "epochs"))
 
 
-def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+def table(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Packed and masked accuracy in percent, and their difference over the same seeds."""
     lines = [f"{'method':28}{'sparsity':>9}{'packed':>16}{'masked':>16}{'difference':>24}"]
-    mine = [r for r in rows if r["model"] == options.model and r["epochs"] == options.epochs]
+    mine = [r for r in found if r["model"] == options.model and r["epochs"] == options.epochs]
     for name in options.methods:
         for sparsity in sorted({r["sparsity"] for r in mine if r["method"] == name}):
             found = [r for r in mine if r["method"] == name and r["sparsity"] == sparsity]
@@ -225,9 +226,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.out.parent.mkdir(exist_ok=True)
     data = fashion_mnist()
-    done = {key(row) for row in base.read(options.out)}
+    done = {key(row) for row in rows.read(options.out)}
     for seed in range(options.seeds):
         for sparsity in options.sparsities:
             for name in options.methods:
@@ -237,10 +237,9 @@ def main() -> None:
                     if asked in done:
                         continue
                     row = run(data, *asked)
-                    base.append(options.out, row)
+                    rows.append(options.out, row)
                     done.add(asked)
-                    print(row, flush=True)
-    print(table(base.read(options.out), options))
+    print(table(rows.read(options.out), options))
 
 
 if __name__ == "__main__":

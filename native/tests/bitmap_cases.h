@@ -50,7 +50,9 @@ inline Packed pack(std::mt19937& rng, int64_t rows, int64_t cols, double sparsit
         uint32_t wide;
         std::memcpy(&wide, &exact, sizeof wide);
         const auto half = static_cast<uint16_t>(wide >> 16);
-        const auto byte = static_cast<int8_t>(std::lround(exact * 254));
+        // a stored weight is never zero: times infinity it would be a NaN
+        const long rounded = std::lround(exact * 254);
+        const auto byte = static_cast<int8_t>(rounded == 0 ? 1 : rounded);
         const void* from = bytes ? static_cast<const void*>(&byte) : &exact;
         if (kind == kBitmapBf16) from = &half;
         const size_t size = bytes ? 1 : kind == kBitmapBf16 ? 2 : 4;

@@ -121,6 +121,7 @@ inline float total(const Partial& p) {
 
 #include "kernels/epilogue-inl.h"
 #include "kernels/spmm-inl.h"
+#include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
