@@ -22,6 +22,7 @@ from prunus.core import (
     Structure,
     Update,
     Weights,
+    check_steps,
 )
 from prunus.errors import ValueRangeError
 from prunus.kinds import RESERVE
@@ -48,6 +49,7 @@ def feedback(
     Source: Lin, Stich, Barba, Dmitriev, Jaggi 2020, arXiv 2006.07253 (DPF), algorithm 1.
     Differs: a mask is chosen by the weights before the step that it first follows, not after it.
     """
+    check_steps(steps=steps)
     end = max(begin, steps // 2) if end is None else end
     if not 0 <= begin <= end < steps or every < 1:
         raise ValueRangeError(
@@ -83,6 +85,7 @@ def neural_wirings(
     Source: Wortsman, Farhadi, Rastegari 2019, arXiv 1906.00586 (DNW), algorithm 1.
     Differs: edges are chosen by the weights before the step that they first follow, not after it.
     """
+    check_steps(steps=steps)
     method = compose(
         _magnitude(),
         structure=structure,

@@ -18,6 +18,7 @@ from prunus.core import (
     Update,
     Weights,
     check_sparsity,
+    check_steps,
 )
 from prunus.errors import CompositionError, ValueRangeError
 from prunus.kinds import RESERVE
@@ -47,6 +48,7 @@ def dynamic_surgery(
     the trained ones, so that the sparsity is met; biases are left alone.
     """
     check_sparsity(sparsity)
+    check_steps(steps=steps)
     share = allocation or allocations.uniform()
     end = 3 * steps // 4 if end is None else end
     _check(begin, end, every, margin, gamma, power)
