@@ -261,7 +261,7 @@ def test_bench_times_a_network(home, capfd):
     assert rows[0]["shape"] == "11,386 parameters"
     for wrong, words in (
         (["--model", "tinynet:net"], "--model and --input go together"),
-        (["--model", "tinynet:net", "--input", "5"], "does not run on --input [5]: RuntimeError"),
+        (["--model", "tinynet:net", "--input", "5"], "does not run on --input [5]: Value"),
         (["--model", "prunus.bench:mlp", "--input", "1,8,8"], "does not fit the model"),
         (["--model", "prunus.bench:MLP", "--input", "64"], "needs the argument 'inputs'"),
     ):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from prunus import core, methods
-from prunus.core import Context, Signals, Site, State, check_sparsity
+from prunus.arguments import check_sparsity
+from prunus.core import Context, Signals, Site, State
 from prunus.errors import SignalError, ValueRangeError
 
 

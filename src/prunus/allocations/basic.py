@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from prunus.core import Allocation, Scores, Site, check_sparsity
+from prunus.arguments import check_sparsity
+from prunus.core import Allocation, Scores, Site
 from prunus.errors import SiteError, TargetError, ValueRangeError
 from prunus.select import global_counts
 from prunus.sites import matches

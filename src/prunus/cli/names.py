@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from prunus import allocations, methods, structures
-from prunus.core import Allocation, Sparsifier, Structure, check_sparsity
+from prunus.arguments import check_sparsity
+from prunus.core import Allocation, Sparsifier, Structure
 from prunus.errors import RecipeError
 from prunus.methods.origin import starts_at_initialisation
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prunus import sites as sites_
-from prunus.core import Site, check_sparsity
+from prunus.arguments import check_sparsity
+from prunus.core import Site
 from prunus.drive.registry import attached
 from prunus.drive.signals import Loss, Sources, collect
 from prunus.errors import AttachError, ShapeError, SiteError, TargetError

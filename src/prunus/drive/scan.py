@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from prunus import sites as sites_
-from prunus.core import Sparsifier, check_sparsity
+from prunus.arguments import check_sparsity
+from prunus.core import Sparsifier
 from prunus.drive.once import prune
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 
 from prunus import rng
-from prunus.core import Growth, check_sparsity
+from prunus.arguments import check_sparsity
+from prunus.core import Growth
 from prunus.errors import ValueRangeError
 from prunus.kinds import GRADIENT
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Literal
 
 from prunus import allocations, growth, schedules, scores
+from prunus.arguments import check_steps
 from prunus.combine import then
 from prunus.compose import compose
-from prunus.core import Allocation, Score, Sparsifier, Structure, check_steps
+from prunus.core import Allocation, Score, Sparsifier, Structure
 from prunus.kinds import GRADIENT
 from prunus.methods.origin import at_initialisation
 from prunus.methods.pruning import gradual_magnitude

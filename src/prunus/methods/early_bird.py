@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus import select, sites
-from prunus.core import Masks, check_sparsity
+from prunus.arguments import check_sparsity
+from prunus.core import Masks
 from prunus.drive.progress import Progress, shown
 from prunus.drive.signals import Sources, collect
 from prunus.errors import ValueRangeError

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunus import allocations, schedules
+from prunus.arguments import check_steps
 from prunus.compose import compose
 from prunus.core import (
     Allocation,
@@ -22,7 +23,6 @@ from prunus.core import (
     Structure,
     Update,
     Weights,
-    check_steps,
 )
 from prunus.errors import ValueRangeError
 from prunus.kinds import RESERVE

@@ -8,18 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from prunus import allocations, schedules, scores, select
+from prunus.arguments import check_steps
 from prunus.compose import compose
-from prunus.core import (
-    Context,
-    Score,
-    Signals,
-    Site,
-    Sparsifier,
-    State,
-    Update,
-    Weights,
-    check_steps,
-)
+from prunus.core import Context, Score, Signals, Site, Sparsifier, State, Update, Weights
 from prunus.errors import ValueRangeError
 from prunus.kinds import GRADIENT
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from prunus import allocations, schedules, scores
+from prunus.arguments import check_steps
 from prunus.compose import compose
-from prunus.core import Allocation, Sparsifier, Structure, check_steps
+from prunus.core import Allocation, Sparsifier, Structure
 from prunus.errors import ValueRangeError
 
 

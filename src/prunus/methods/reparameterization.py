@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 
 from prunus import allocations, rng, schedules, scores, select
+from prunus.arguments import check_sparsity, check_steps
 from prunus.compose import compose
 from prunus.compose.redistribute import spread
-from prunus.core import (
-    Allocation,
-    Signals,
-    Site,
-    Sparsifier,
-    State,
-    Update,
-    Weights,
-    check_sparsity,
-    check_steps,
-)
+from prunus.core import Allocation, Signals, Site, Sparsifier, State, Update, Weights
 from prunus.methods.origin import at_initialisation
 
 _THRESHOLD = "reparameterization threshold"

@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 
 from prunus import allocations, rng, select
-from prunus.core import (
-    Allocation,
-    Signals,
-    Site,
-    Sparsifier,
-    State,
-    Update,
-    Weights,
-    check_sparsity,
-    check_steps,
-)
+from prunus.arguments import check_sparsity, check_steps
+from prunus.core import Allocation, Signals, Site, Sparsifier, State, Update, Weights
 from prunus.errors import CompositionError, ValueRangeError
 from prunus.kinds import RESERVE
 

@@ -8,17 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from prunus import allocations, schedules, select
-from prunus.core import (
-    Allocation,
-    Signals,
-    Site,
-    Sparsifier,
-    State,
-    Update,
-    Weights,
-    check_sparsity,
-    check_steps,
-)
+from prunus.arguments import check_sparsity, check_steps
+from prunus.core import Allocation, Signals, Site, Sparsifier, State, Update, Weights
 from prunus.errors import CompositionError, ValueRangeError
 from prunus.kinds import RESERVE
 from prunus.methods.origin import at_initialisation

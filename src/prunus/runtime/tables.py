@@ -11,7 +11,7 @@ from torch import nn
 
 from prunus import kernels, select
 from prunus import sites as sites_
-from prunus.core import check_sparsity
+from prunus.arguments import check_sparsity
 from prunus.errors import ValueRangeError
 from prunus.runtime import candidates
 from prunus.runtime.decide import Options, measured

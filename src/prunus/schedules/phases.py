@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from prunus.core import Schedule, check_sparsity
+from prunus.arguments import check_sparsity
+from prunus.core import Schedule
 from prunus.errors import ValueRangeError
 
 

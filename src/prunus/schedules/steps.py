@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from prunus.core import Schedule, check_sparsity, check_steps
+from prunus.arguments import check_sparsity, check_steps
+from prunus.core import Schedule
 from prunus.errors import ValueRangeError
 
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from prunus import allocations
 from prunus import sites as sites_
-from prunus.core import Allocation, Sparsifier, check_sparsity
+from prunus.arguments import check_sparsity
+from prunus.core import Allocation, Sparsifier
 from prunus.drive import prune
 from prunus.drive.records import read_record, write_record
 from prunus.drive.signals import Loss

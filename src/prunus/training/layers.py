@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus import rng
-from prunus.core import check_sparsity
+from prunus.arguments import check_sparsity
 from prunus.errors import FormatError, ShapeError
 from prunus.training.functions import ConvolutionStep, LinearStep, Rows, Way
 from prunus.training.pattern import Pattern

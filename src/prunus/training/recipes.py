@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunus import growth, schedules
-from prunus.core import check_sparsity
+from prunus.arguments import check_sparsity
 from prunus.errors import ValueRangeError
 from prunus.training.candidates import top
 from prunus.training.walks import reparameterize, walk
