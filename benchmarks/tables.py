@@ -28,7 +28,9 @@ OURS = "prunus"
 BLOCK = re.compile(
     r"(<!-- (ratios|times|accuracy|rows|machine) ([^>]*?) -->\n).*?(<!-- end -->)", re.S
 )
-MEASURED = ("gflops_on_nonzeros", "share_of_limit", "sparse_layers", "layers")
+MEASURED = (
+    "gflops_on_nonzeros", "share_of_limit", "sparse_layers", "layers", "commit", "load", "layout",
+)  # fmt: skip
 """Parts of a case that do not say what the case is."""
 
 
@@ -128,8 +130,11 @@ def machine(file: str) -> str:
     content = json.loads((HERE / file).read_text())
     host, versions = content["machine"], content["versions"]
     named = ", ".join(f"{k} {v}" for k, v in versions.items() if v != "not installed")
+    cases = content.get("cases", [])
+    commits = dict.fromkeys(case["commit"] for case in cases if "commit" in case)
+    commit = ", ".join(commits or [content["commit"]])
     return (
-        f"`{content['command']}`, {content['date']}, commit {content['commit']}, "
+        f"`{content['command']}`, {content['date']}, commit {commit}, "
         f"{host['processor']}, {host['cores']} cores ({host['kernels']}), "
         f"{content['threads']} thread(s); {named}.\n"
     )

@@ -87,7 +87,11 @@ def engines(
     return {name: found[name] for name in kept}
 
 
-def case(shape: Shape, count: int, batch: int, sparsity: float, options: Any) -> dict[str, Any]:
+def named(shape: Shape) -> dict[str, int]:
+    return dict(zip(("inputs", "outputs", "side", "kernel", "stride"), shape, strict=True))
+
+
+def case(shape: Shape, batch: int, sparsity: float, options: Any) -> dict[str, Any]:
     """All engines on one shape, in turns."""
     inputs, _, side, _, _ = shape
     dense = layer(shape, sparsity)
@@ -113,10 +117,6 @@ def case(shape: Shape, count: int, batch: int, sparsity: float, options: Any) ->
     pixels = int(wanted.size) // dense.out_channels
     nonzeros = int(dense.weight.count_nonzero())
     return {
-        "shape": dict(zip(("inputs", "outputs", "side", "kernel", "stride"), shape, strict=True)),
-        "count": count,
-        "batch": batch,
-        "sparsity": sparsity,
         "seconds": seconds,
         "largest_error": errors,
         "skipped": skipped,
@@ -160,19 +160,20 @@ def main() -> None:
     options = parser.parse_args()
     harness.pin(options.threads)
     wanted = list(shapes().items())[:: 6 if options.quick else 1]
-    cases: list[dict[str, Any]] = []
+    cases = harness.Cases(__file__, options)
     gains: dict[str, dict[str, float]] = {}
     for batch in options.batches:
         for sparsity in options.sparsities:
             rows = []
             print(f"batch {batch}, sparsity {sparsity}")
             for shape, count in wanted:
-                rows.append(case(shape, count, batch, sparsity, options))
+                key = {"shape": named(shape), "count": count, "batch": batch, "sparsity": sparsity}
+                run = functools.partial(case, shape, batch, sparsity, options)
+                rows.append(cases.one(key, run))
                 print(line(rows[-1]), flush=True)
-            cases += rows
             found = gains[f"batch {batch}, sparsity {sparsity}"] = means(rows)
             print("  means: " + ", ".join(f"{name} {gain:.2f}x" for name, gain in found.items()))
-    print(harness.write(__file__, options, {"geometric_means": gains, "cases": cases}))
+    print(cases.write(geometric_means=gains))
 
 
 if __name__ == "__main__":

@@ -52,10 +52,6 @@ def case(
     nonzeros = int((dense.weight != 0).sum())
     speed = 2e-9 * nonzeros * n / ours[best]["median"]
     return {
-        "rows": shape[0],
-        "columns": shape[1],
-        "sparsity": sparsity,
-        "n": n,
         "seconds": times | {"prunus": ours[best]},
         "layout": best,
         "layouts": ours,
@@ -74,12 +70,17 @@ def main() -> None:
     limits = peak.peaks()
     limit = limits["float32"] * options.threads if limits else float("nan")
     shapes = SHAPES[1:2] if options.quick else SHAPES
-    cases = []
+    cases = harness.Cases(__file__, options, limits=limits)
     print(f"times of peers over prunus', geometric means over shapes; limit {limit:.0f} GFLOP/s")
     for n in TOKENS:
         for sparsity in SPARSITIES:
-            rows = [case(shape, sparsity, n, limit, options) for shape in shapes]
-            cases += rows
+            rows = [
+                cases.one(
+                    {"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "n": n},
+                    lambda: case(shape, sparsity, n, limit, options),  # noqa: B023  (called here)
+                )
+                for shape in shapes
+            ]
             words = []
             for peer in rows[0]["seconds"]:
                 both = [(r["seconds"].get(peer), r["seconds"]["prunus"]) for r in rows]
@@ -87,8 +88,9 @@ def main() -> None:
                 words.append(f"{peer} {mean:.2f}x")
             share = harness.geometric_mean(row["share_of_limit"] for row in rows)
             layouts = "/".join(row["layout"] for row in rows)
-            print(f"N={n} at {sparsity:g}: {', '.join(words)}; {share:.0%} of the limit; {layouts}")
-    print(harness.write(__file__, options, {"limits": limits, "cases": cases}))
+            text = f"{', '.join(words)}; {share:.0%} of the limit; {layouts}"
+            print(f"N={n} at {sparsity:g}: {text}", flush=True)
+    print(cases.write())
 
 
 if __name__ == "__main__":

@@ -124,9 +124,6 @@ def case(name: str, batch: int, sparsity: float, options: Any) -> dict[str, Any]
                 engine.close()
     plan = fast.plan
     return {
-        "model": name,
-        "batch": batch,
-        "sparsity": sparsity,
         "seconds": seconds,
         "largest_error": errors,
         "skipped": skipped,
@@ -162,22 +159,24 @@ def main() -> None:
     parser.add_argument("--deepsparse", help="interpreter of an environment with DeepSparse 1.8.0")
     options = parser.parse_args()
     harness.pin(options.threads)
-    cases, gains = [], {}
+    cases = harness.Cases(__file__, options)
     for name in options.models:
         for batch in options.batches:
             if batch > 1 and len(MODELS[name][1]) < 3:
                 continue  # PERFORMANCE figures of encoders are for one text
             for sparsity in options.sparsities:
-                cases.append(case(name, batch, sparsity, options))
-                print(line(cases[-1]), flush=True)
-    for peer in {peer for row in cases for peer in row["seconds"]} - {"prunus"}:
+                key = {"model": name, "batch": batch, "sparsity": sparsity}
+                run = functools.partial(case, name, batch, sparsity, options)
+                print(line(cases.one(key, run)), flush=True)
+    gains = {}
+    for peer in {peer for row in cases.found for peer in row["seconds"]} - {"prunus"}:
         gains[peer] = harness.geometric_mean(
             row["seconds"][peer]["median"] / row["seconds"]["prunus"]["median"]
-            for row in cases
+            for row in cases.found
             if peer in row["seconds"]
         )
     print("geometric means: " + ", ".join(f"{k} {v:.2f}x" for k, v in sorted(gains.items())))
-    print(harness.write(__file__, options, {"geometric_means": gains, "cases": cases}))
+    print(cases.write(geometric_means=gains))
 
 
 if __name__ == "__main__":

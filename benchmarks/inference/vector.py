@@ -61,10 +61,6 @@ def case(shape: tuple[int, int], sparsity: float, n: int, options: Any) -> dict[
         times = engines.timed(held, options.repetitions)
     middle = {name: time["median"] for name, time in times.items()}
     return {
-        "rows": shape[0],
-        "columns": shape[1],
-        "sparsity": sparsity,
-        "n": n,
         "seconds": times | {"prunus": min((times[name] for name in ("csr", "bitmap")), key=median)},
         "bytes": sizes,
         "roofline": {name: middle[f"read {name}"] / middle[name] for name in KINDS},
@@ -93,12 +89,17 @@ def main() -> None:
     options = parser.parse_args()
     harness.pin(options.threads)
     shapes = SHAPES[1:2] if options.quick else SHAPES
-    cases = []
+    cases = harness.Cases(__file__, options)
     print("best peer's time over prunus', geometric mean over shapes; share of the roofline, large")
     for n in COLUMNS:
         for sparsity in SPARSITIES[::2] if options.quick else SPARSITIES:
-            rows = [case(shape, sparsity, n, options) for shape in shapes]
-            cases += rows
+            rows = [
+                cases.one(
+                    {"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "n": n},
+                    lambda: case(shape, sparsity, n, options),  # noqa: B023  (called here)
+                )
+                for shape in shapes
+            ]
             means = [
                 harness.geometric_mean(row["gain"][name] for row in rows)
                 for name in ("fp32", "bf16")
@@ -112,7 +113,7 @@ def main() -> None:
                 + "  ".join(f"{k} {s:.0%}" for k, s in zip(KINDS, shares, strict=True) if large),
                 flush=True,
             )
-    print(harness.write(__file__, options, {"cases": cases}))
+    print(cases.write())
 
 
 if __name__ == "__main__":

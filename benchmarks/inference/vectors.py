@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -123,10 +124,6 @@ def case(
         limit = limits.get("bfloat16" if way.endswith("bf16") else "float32")
         rows.append(
             {
-                "rows": shape[0],
-                "columns": shape[1],
-                "n": n,
-                "sparsity": sparsity,
                 "structure": structure,
                 "way": way,
                 "seconds": {"median": time.median, "p10": time.p10, "p90": time.p90},
@@ -166,17 +163,18 @@ def main() -> None:
     single = peak.peaks() or {}
     limits = {name: options.threads * value for name, value in single.items()}
     print("peak GFLOP/s:", {name: round(value) for name, value in limits.items()} or "not measured")
-    rows = []
+    facts = {"isa": kernels.active_isa(), "refused": kernels.refused_isas(), "peak_gflops": limits}
+    cases = harness.Cases(__file__, options, **facts)
     with torch.no_grad():
         for n in TOKENS:
             for sparsity in SPARSITIES:
                 part = []
                 for shape in SHAPES[1:2] if options.quick else SHAPES:
-                    part += case(shape, sparsity, n, limits, options)
+                    key = {"rows": shape[0], "columns": shape[1], "n": n, "sparsity": sparsity}
+                    run = functools.partial(case, shape, sparsity, n, limits, options)
+                    part += cases.rows(key, run)
                 show(part)
-                rows += part
-    facts = {"isa": kernels.active_isa(), "refused": kernels.refused_isas(), "peak_gflops": limits}
-    print(harness.write(__file__, options, {**facts, "cases": rows}))
+    print(cases.write())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ pip install sparseprop==0.1.14 sparselab==0.2.2 --no-deps --no-build-isolation
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -154,8 +156,8 @@ def linear(shape: tuple[int, int], n: int, sparsity: float, options: argparse.Na
         **sparselab_step(dense, x, g),
     }
     result = timed(runs, weight != 0, options)
-    return {"layer": f"linear {rows}x{columns}", "n": n, "sparsity": sparsity, **result,
-            "bytes": {"index": packed.pattern.nbytes, "values": 4 * packed.nonzeros}}  # fmt: skip
+    held = {"index": packed.pattern.nbytes, "values": 4 * packed.nonzeros}
+    return {**result, "bytes": held}
 
 
 def convolution(
@@ -177,9 +179,7 @@ def convolution(
         "prunus": step(TrainableConv2d.from_dense(dense), x, g),
         **sparseprop_steps(dense, x, g),
     }
-    result = timed(runs, dense.weight.detach() != 0, options)
-    name = f"conv {kernel}x{kernel} {inputs}->{outputs} at {side}x{side}"
-    return {"layer": name, "n": BATCH, "sparsity": sparsity, **result}
+    return timed(runs, dense.weight.detach() != 0, options)
 
 
 def report(cases: list[Any]) -> None:
@@ -211,18 +211,22 @@ def main() -> None:
     options = parser.parse_args()
     harness.pin(options.threads)
     warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)  # torch's CSR: beta
-    cases = []
+    cases = harness.Cases(__file__, options)
+    found = []
     if options.kind != "conv":
-        shapes = LINEAR[:2] if options.quick else LINEAR
-        found = [linear(s, n, p, options) for s in shapes for n in TOKENS for p in SPARSITIES]
-        report(found)
-        cases += found
+        for shape in LINEAR[:2] if options.quick else LINEAR:
+            for n, p in itertools.product(TOKENS, SPARSITIES):
+                key = {"layer": f"linear {shape[0]}x{shape[1]}", "n": n, "sparsity": p}
+                found.append(cases.one(key, functools.partial(linear, shape, n, p, options)))
     if options.kind != "linear":
-        shapes = CONV[3::4] if options.quick else CONV
-        found = [convolution(shape, p, options) for shape in shapes for p in SPARSITIES]
-        report(found)
-        cases += found
-    print("written:", harness.write(__file__, options, {"cases": cases}))
+        for (i, o, k, side), p in itertools.product(
+            CONV[3::4] if options.quick else CONV, SPARSITIES
+        ):
+            name = f"conv {k}x{k} {i}->{o} at {side}x{side}"
+            run = functools.partial(convolution, (i, o, k, side), p, options)
+            found.append(cases.one({"layer": name, "n": BATCH, "sparsity": p}, run))
+    report(found)
+    print("written:", cases.write())
 
 
 if __name__ == "__main__":
