@@ -1,12 +1,13 @@
 """Write the tables of the documentation anew from the results beside the benchmarks.
 
-python benchmarks/tables.py docs/performance.md docs/quality.md
+python benchmarks/tables.py docs/performance.md docs/quality.md docs/methods.md
 
 A table stands between two comments. The first says what it shows, paths below benchmarks/:
 <!-- ratios FILE by KEY ... --> time of each peer / time of prunus, geometric means of the groups
 <!-- times FILE --> medians in milliseconds, a row per case
 <!-- accuracy FILE NETWORK --> mean, deviation and number of seeds, a column per sparsity
 <!-- rows FILE COLUMN ... --> these columns of every row
+<!-- results FILE ... of METHOD ... --> what quality/results/FILE.jsonl hold, a row for each method
 <!-- machine FILE --> machine, versions, commit and command of a results file
 <!-- end -->
 """
@@ -26,7 +27,7 @@ import harness
 HERE = Path(__file__).parent
 OURS = "prunus"
 BLOCK = re.compile(
-    r"(<!-- (ratios|times|accuracy|rows|machine) ([^>]*?) -->\n).*?(<!-- end -->)", re.S
+    r"(<!-- (ratios|times|accuracy|rows|results|machine) ([^>]*?) -->\n).*?(<!-- end -->)", re.S
 )
 MEASURED = (
     "gflops_on_nonzeros", "share_of_limit", "sparse_layers", "layers", "commit", "load", "layout",
@@ -126,6 +127,87 @@ def rows(file: str, *columns: str) -> str:
     return markdown(columns, [[str(row.get(c, "–")) for c in columns] for row in read(file)])
 
 
+def share(value: float | str) -> str:
+    """50% of 0.5 or "0.5"; 2:4 stays."""
+    return str(value) if ":" in str(value) else f"{100 * float(value):g}%"
+
+
+Row = dict[str, Any]
+RESULTS: dict[str, tuple[Callable[[Row], str | None], str, Callable[[Row], float], str]] = {
+    "fashion_mnist": (
+        lambda row: "LeNet" if row["network"] == "lenet_300_100" else "CNN",
+        "sparsity",
+        lambda row: 100 * row["accuracy"],
+        ".2f",
+    ),
+    "sparse_training": (
+        lambda row: (
+            None
+            if row["way"] == "masked" and row["method"] != "dense"
+            else f"packed {'LeNet' if row['model'] == 'lenet' else 'CNN'}"
+        ),
+        "sparsity",
+        lambda row: 100 * row["accuracy"],
+        ".2f",
+    ),
+    "language_model": (
+        lambda row: f"SmolLM2 ({row['calibration']})",
+        "target",
+        lambda row: row["perplexity"],
+        ".4g",
+    ),
+    "encoder": (lambda row: "MiniLM", "sparsity", lambda row: row["mean_cosine"], ".3f"),
+    "efficientnet": (lambda row: "EfficientNet", "sparsity", lambda row: row["kl"], ".3g"),
+    "one_shot": (lambda row: row["part"], "sparsity", lambda row: 100 * row["accuracy"], ".2f"),
+}
+"""Results file -> what was measured (None: not shown), key of the target, figure and its form."""
+OTHER_NAMES = {"random": "random_pruning", "magnitude": "one_shot_magnitude"}
+
+
+def measured(file: str) -> dict[str, dict[str, str]]:
+    """Column -> method -> figure; dense networks stand in every column of their kind."""
+    kind, target, figure, form = RESULTS[file]
+    points: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in read(f"quality/results/{file}.jsonl"):
+        shown = kind(row)
+        if shown is not None:
+            column = points.setdefault((shown, share(row[target])), {})
+            name = OTHER_NAMES.get(str(row["method"]), str(row["method"]))
+            column.setdefault(name, []).append(figure(row))
+    for shown, amount in points:
+        points[shown, amount].update(points.get((shown, "0%"), {}))
+    return {
+        f"{shown} {amount}": {name: spread(values, form) for name, values in column.items()}
+        for (shown, amount), column in sorted(points.items())
+        if amount != "0%"
+    }
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    deviation = f" ± {pstdev(values):{form}} ({len(values)})" if len(values) > 1 else ""
+    return f"{fmean(values):{form}}{deviation}"
+
+
+def results(*words: str) -> str:
+    """Only the columns in which one of the methods was measured."""
+    files, names = words[: words.index("of")], words[words.index("of") + 1 :]
+    columns = {
+        title: column
+        for file in files
+        if (HERE / f"quality/results/{file}.jsonl").exists()
+        for title, column in measured(file).items()
+        if set(names) & set(column)
+    }
+    lines = []
+    for name in ["dense", *names] if columns else names:
+        cells = [column.get(name, "–") for column in columns.values()]
+        if not set(cells) - {"–"}:
+            lines.append([f"`{name}`: not measured", *cells])
+        else:
+            lines.append([f"`{name}`", *cells])
+    return markdown(["method", *columns], lines)
+
+
 def machine(file: str) -> str:
     content = json.loads((HERE / file).read_text())
     host, versions = content["machine"], content["versions"]
@@ -145,6 +227,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "times": times,
     "accuracy": accuracy,
     "rows": rows,
+    "results": results,
     "machine": machine,
 }
 
