@@ -75,13 +75,16 @@ def write(
     write_file(path, arrays, {"format": "pt", "prunus": text, "prunus_crc32": crc})
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Packed], dict[str, Any]]:
-    """Packed tensors (read-only views of the mapped file) and meta, fully checked.
+def read(
+    path: str | os.PathLike[str], *, writable: bool = False
+) -> tuple[dict[str, Packed], dict[str, Any]]:
+    """Packed tensors (views of the mapped file) and meta, fully checked.
 
+    writable: the views may be written to, which changes them and never the file.
     Raises FormatError for a truncated, corrupt, foreign or newer file. Replacing the file is
-    safe while the arrays are alive; truncating it in place is not.
+    safe while the arrays are alive; truncating it or writing to it in place is not.
     """
-    buffer, size = _map(path)
+    buffer, size = _map(path, mmap.ACCESS_COPY if writable else mmap.ACCESS_READ)
     with _Naming(path):
         arrays, header = _read_index(buffer, size)
         tensors = {
@@ -128,12 +131,12 @@ class _Naming:
             raise FormatError(f"{os.fspath(self.path)}: {error}") from error
 
 
-def _map(path: str | os.PathLike[str]) -> tuple[Any, int]:
+def _map(path: str | os.PathLike[str], access: int = mmap.ACCESS_READ) -> tuple[Any, int]:
     with Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise FormatError(f"{os.fspath(path)}: the file is empty")
-        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), size
+        return mmap.mmap(file.fileno(), size, access=access), size
 
 
 def _entry_name(name: str, format: str, part: str) -> str:

@@ -22,6 +22,7 @@ from prunus.formats.dtypes import DTYPES
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_ELEMENTS = 1 << 56
+ALIGNMENT = 64
 _MAX_DIGITS = 20
 _BY_TAG = {row.tag: row for row in DTYPES.values()}
 
@@ -138,8 +139,16 @@ def write_file(
     metadata: Mapping[str, str],
 ) -> None:
     """Write name -> (logical dtype, array) as one safetensors file, atomically."""
-    # Wide dtypes first: every array is aligned to its own item size without padding.
-    order = sorted(arrays, key=lambda name: (-arrays[name][1].dtype.itemsize, name))
+    # Without padding: multiples of 64 bytes first, each aligned to 64; then wide dtypes first,
+    # each aligned to its own item size. Packed weights are such multiples.
+    order = sorted(
+        arrays,
+        key=lambda name: (
+            arrays[name][1].nbytes % ALIGNMENT != 0,
+            -arrays[name][1].dtype.itemsize,
+            name,
+        ),
+    )
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name in order:
@@ -152,7 +161,7 @@ def write_file(
         }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     chunks = [len(text).to_bytes(8, "little"), text]
     _write_atomic(Path(path), chunks, [arrays[name][1] for name in order])
 

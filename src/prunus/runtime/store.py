@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunus import formats
 from prunus.drive import attached
 from prunus.errors import FormatError, MissingFileError, ShapeError
+from prunus.runtime.adopt import adopt
 from prunus.runtime.arguments import expect_module, expect_path
 from prunus.runtime.weight import PackedWeight
 from prunus.sites import unwrap
@@ -100,31 +101,39 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: str = "auto"
 
 
 @overload
-def load(path: str | os.PathLike[str], model: None = None) -> dict[str, Tensor]: ...
+def load(
+    path: str | os.PathLike[str], model: None = None, *, mapped: bool = True
+) -> dict[str, Tensor]: ...
 @overload
-def load(path: str | os.PathLike[str], model: M) -> M: ...
+def load(path: str | os.PathLike[str], model: M, *, mapped: bool = True) -> M: ...
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | None = None):
+def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, mapped: bool = True):
     """Read a packed file: its dense state dict, or `model` filled in place and returned.
 
     Strict: FormatError lists missing and unexpected tensors, ShapeError lists differing shapes; the
     model is unchanged unless everything fits. Packed weights of compiled models are validated.
+    mapped: the tensors of a compiled model stay in the file, whose pages processes share; writing
+    to them changes this process's copy only. The file may be replaced or removed meanwhile, as
+    `save` does, but not be truncated or written to in place: where that may happen, False reads it.
     """
     expect_path(path)
     if model is not None:
         expect_module(model)
     if not Path(path).exists():
         raise MissingFileError(f"{os.fspath(path)}: there is no such file")
-    entries, meta = formats.read(path)
-    state = _state(path, entries, meta)
     if model is None:
-        return state
+        return _state(path, *formats.read(path), share=False)
     target = unwrap(model)
+    share = mapped and any(isinstance(module, PackedWeight) for module in target.modules())
+    state = _state(path, *formats.read(path, writable=share), share=share)
     _expect_fit(path, target, state)
     inner = target.state_dict()
     renamed = dict(zip(plain_names(inner), inner, strict=True))
-    target.load_state_dict({renamed.get(name, name): tensor for name, tensor in state.items()})
+    state = {renamed.get(name, name): tensor for name, tensor in state.items()}
+    kept = adopt(target, state) if share else frozenset()
+    rest = {name: tensor for name, tensor in state.items() if name not in kept}
+    target.load_state_dict(rest, strict=not kept)  # that all is there was checked
     return model
 
 
@@ -137,15 +146,19 @@ def plain_names(state: Mapping[str, T]) -> dict[str, T]:
 
 
 def _state(
-    path: str | os.PathLike[str], entries: Mapping[str, formats.Packed], meta: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    entries: Mapping[str, formats.Packed],
+    meta: Mapping[str, Any],
+    share: bool,
 ) -> dict[str, Tensor]:
-    """{name: dense tensor}; aliases share memory with their owner."""
+    """{name: dense tensor}; aliases share memory with their owner, and with the file if `share`."""
     aliases, views = meta.get(_ALIASES, {}), meta.get(_VIEWS, {})
     for kind, table in ((_ALIASES, aliases), (_VIEWS, views)):
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
             raise FormatError(f"{path}: {kind} in the meta is not a map of names")
     state = {
-        name: _to_torch(path, name, packed, views.get(name)) for name, packed in entries.items()
+        name: _to_torch(path, name, packed, views.get(name), share)
+        for name, packed in entries.items()
     }
     for name, owner in aliases.items():
         if name in entries or owner not in entries:
@@ -238,10 +251,15 @@ def _to_numpy(name: str, tensor: Tensor) -> tuple[np.ndarray, str]:
 
 
 def _to_torch(
-    path: str | os.PathLike[str], name: str, packed: formats.Packed, view: str | None
+    path: str | os.PathLike[str],
+    name: str,
+    packed: formats.Packed,
+    view: str | None,
+    share: bool,
 ) -> Tensor:
-    """The dense tensor of one entry."""
-    array = formats.unpack(packed)
+    """The dense tensor of one entry, in the entry's own memory if `share` and it is dense."""
+    whole = packed.parts["values"] if share and packed.format == "dense" else None
+    array = formats.unpack(packed) if whole is None or not whole.flags.aligned else whole
     if packed.dtype == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     tensor = torch.from_numpy(array)

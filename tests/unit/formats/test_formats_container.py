@@ -214,7 +214,7 @@ HOSTILE = {
         data_offsets=[1 << 40, (1 << 40) + 192]
     ),
     "offsets reversed": lambda i, h: h["fc.bias"]["data_offsets"].reverse(),
-    "overlap": lambda i, h: h["fc.bias"].update(data_offsets=[0, 192]),
+    "overlap": lambda i, h: h["fc.bias"].update(data_offsets=[64, 256]),
     "stray array": lambda i, h: h.update(
         stray={"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
     ),
