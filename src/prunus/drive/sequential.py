@@ -15,6 +15,7 @@ from prunus import sites as sites_
 from prunus.core import Masks, Site, Sparsifier
 from prunus.drive.rewrite import restored, write
 from prunus.drive.signals import Loss, Sources, as_call, collect, untouched
+from prunus.drive.signals.products import FastLinear
 from prunus.errors import SignalError, SiteError, ValueRangeError
 from prunus.kinds import BIAS, GRAM, INPUT_MEAN, INPUT_ROWS, INPUT_SQUARE
 
@@ -65,6 +66,7 @@ def prune_sequential(
         torch.no_grad(),
         untouched(model),
         sites_.evaluating(model),
+        FastLinear(),
     ):
         feed = _record(model, list(stack.children()), batches, loss)
         for place, (block, own) in enumerate(parts):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.core import Site
+from prunus.drive.signals import products
 from prunus.drive.signals.calls import Calls
 from prunus.drive.signals.patches import Inputs, inputs_of, own_forward
 from prunus.drive.signals.sources import Sources, as_call, untouched
@@ -36,7 +37,7 @@ def input_square(sources: Sources) -> dict[str, Tensor]:
 
 def gram(sources: Sources) -> dict[str, Tensor]:
     """Return E[x x^T] of the inputs of each weight, float64 [groups, columns, columns]."""
-    return _means(sources, lambda x: x.transpose(1, 2) @ x)
+    return _means(sources, products.gram)
 
 
 def input_mean(sources: Sources) -> dict[str, Tensor]:
@@ -181,7 +182,12 @@ def run(sources: Sources) -> None:
             "the arguments of a call (a tensor, tuple or dict), or also loss=, for other batches"
         )
     count = 0
-    with torch.no_grad(), untouched(sources.model), evaluating(sources.model):
+    with (
+        torch.no_grad(),
+        untouched(sources.model),
+        evaluating(sources.model),
+        products.FastLinear(),
+    ):
         for batch in batches:
             if sources.loss is not None:
                 sources.loss(sources.model, batch)
