@@ -31,7 +31,9 @@ def deep_rewiring(
     Before every optimizer step: theta <- theta - lr l1 + sqrt(2 lr temperature) noise for what is
     on; where theta < 0 the weight is switched off, and as many of all sleeping weights, of all
     sites alike, are switched on at 0. The optimizer's step is the gradient part of the walk.
-    lr: the optimizer's; temperature: None is lr l1^2 / 18. Default: er, for the first mask.
+    lr: the optimizer's; temperature: None is lr l1^2 / 18, noise of deviation lr l1 / 3 (the
+    authors' MNIST script draws noise as large as its shrinkage, which is lr l1^2 / 2). Default:
+    er, for the first mask.
     Source: Bellec, Kappel, Maass, Legenstein 2018, arXiv 1711.05136, algorithm 1.
     Differs: the shrinkage and noise of a step come before its gradient, not after it.
     """
