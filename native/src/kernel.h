@@ -2,6 +2,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "attention.h"
 #include "conv.h"
 #include "vectors.h"
 
@@ -45,6 +46,7 @@ struct Task {
   int64_t ldg;
   const struct BitmapWeight* bitmap;  // of a bitmap-packed product, whose panels have
   int64_t panel;                      // this many columns of X
+  const Attention* attention;  // begin_row and end_row count blocks of queries
   const Vectors* vectors;  // of a product of groups; w holds the shape only
   float* workspace;  // 64-byte aligned, workspace_floats() long
   bool panel_in, panel_out;  // of a weight in tiles and one panel: x and y are panels themselves
@@ -56,6 +58,7 @@ struct Kernels {
   const char* isa;
   int64_t panel;
   int64_t vector_panel, pair_panel;  // of products of groups, fp32 and bf16
+  int64_t query_block;  // of attention
 #define PRUNUS_KERNEL(name, layout, description) KernelFunction name;
 #include "kernels.def"
 #undef PRUNUS_KERNEL

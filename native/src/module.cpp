@@ -13,6 +13,7 @@
 #include "bitmap.h"
 #include "blob.h"
 #include "dispatch.h"
+#include "module_attention.h"
 #include "run.h"
 #include "sddmm.h"
 
@@ -368,6 +369,7 @@ NB_MODULE(_native, m) {
         nb::arg("out_ptr"), nb::arg("geometry"), nb::arg("threads") = 1, nb::arg("isa") = -1);
   m.def("turn_ptr", &turn_ptr, nb::arg("blob_ptr"), nb::arg("area"), nb::arg("groups"),
         nb::arg("offsets_ptr"), nb::arg("columns_ptr") = 0, nb::arg("values_ptr") = 0);
+  bind_attention(m);
   m.def("transpose_ptr", &transpose_ptr, nb::arg("from_ptr"), nb::arg("to_ptr"));
   m.def("available_isas", &available_isas);
   m.def("test_isas", &test_isas);

@@ -96,6 +96,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
 #include "kernels/conv-grad-inl.h"
+#include "kernels/attention-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace
@@ -105,6 +106,7 @@ const Kernels kernels_avx2 = {
     kPanel,
     kVectorPanel,
     kPairPanel,
+    kQueries,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL

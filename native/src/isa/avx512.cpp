@@ -138,6 +138,7 @@ inline Vec sum_lanes(Vec (&b)[kLanes]) {
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
 #include "kernels/conv-grad-inl.h"
+#include "kernels/attention-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace
@@ -147,6 +148,7 @@ const Kernels PRUNUS_TABLE = {
     kPanel,
     kVectorPanel,
     kPairPanel,
+    kQueries,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL

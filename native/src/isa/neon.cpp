@@ -129,6 +129,7 @@ inline float total(const Partial& p) {
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
 #include "kernels/conv-grad-inl.h"
+#include "kernels/attention-inl.h"
 #include "kernels/table-inl.h"
 
 Kernels neon_table() {
@@ -136,6 +137,7 @@ Kernels neon_table() {
   Kernels table = kernels_scalar;
   table.isa = "neon";
   table.panel = kPanel;
+  table.query_block = kQueries;
 #define PRUNUS_KERNEL(name, layout, description) table.name = name;
 #include "kernels.def"
 #undef PRUNUS_KERNEL

@@ -140,6 +140,7 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"
 #include "kernels/conv-grad-inl.h"
+#include "kernels/attention-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace
@@ -149,6 +150,7 @@ const Kernels PRUNUS_TABLE = {
     kPanel,
     kVectorPanel,
     kPairPanel,
+    kQueries,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL
