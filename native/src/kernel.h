@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "conv.h"
+#include "norm.h"
 #include "vectors.h"
 
 namespace prunus {
@@ -47,6 +48,7 @@ struct Task {
   const struct BitmapWeight* bitmap;  // of a bitmap-packed product, whose panels have
   int64_t panel;                      // this many columns of X
   const Attention* attention;  // begin_row and end_row count blocks of queries
+  const LayerNorm* norm;       // they count its rows
   const Vectors* vectors;  // of a product of groups; w holds the shape only
   float* workspace;  // 64-byte aligned, workspace_floats() long
   bool panel_in, panel_out;  // of a weight in tiles and one panel: x and y are panels themselves

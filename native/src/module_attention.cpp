@@ -1,4 +1,4 @@
-// Attention of the Python module prunus._native.
+// Attention and layer normalisation of the Python module prunus._native.
 #include "module_attention.h"
 
 #include <nanobind/nanobind.h>
@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "dispatch.h"
+#include "norm.h"
 
 namespace nb = nanobind;
 
@@ -83,6 +84,21 @@ void attention_ptr(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, const S
   if (!ok) throw std::bad_alloc();
 }
 
+// y[rows, columns]; gamma and beta may be 0.
+void layer_norm_ptr(uintptr_t x, uintptr_t y, uintptr_t gamma, uintptr_t beta, int64_t rows,
+                    int64_t columns, float eps, int threads, int isa) {
+  if (rows < 0 || columns < 0) bad_value("a size is out of range");
+  if (threads < 1 || isa >= all_count()) bad_value("no such number of threads or instruction set");
+  for (const uintptr_t address : {x, y, gamma, beta})
+    if (address % 4 != 0) bad_value("an address is not aligned");
+  if (rows > 0 && columns > 0 && (x == 0 || y == 0)) bad_value("an address is null");
+  const LayerNorm norm{reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y),
+                       reinterpret_cast<const float*>(gamma),
+                       reinterpret_cast<const float*>(beta), rows, columns, eps};
+  nb::gil_scoped_release release;
+  run_layer_norm(norm, threads, kernels_at(isa < 0 ? active_index() : isa));
+}
+
 }  // namespace
 
 void bind_attention(nanobind::module_& m) {
@@ -90,6 +106,9 @@ void bind_attention(nanobind::module_& m) {
         nb::arg("out_ptr"), nb::arg("sizes"), nb::arg("strides"), nb::arg("scale"),
         nb::arg("mask_ptr") = 0, nb::arg("mask_kind") = 0, nb::arg("causal") = false,
         nb::arg("threads") = 1, nb::arg("isa") = -1);
+  m.def("layer_norm_ptr", &layer_norm_ptr, nb::arg("x_ptr"), nb::arg("y_ptr"),
+        nb::arg("gamma_ptr"), nb::arg("beta_ptr"), nb::arg("rows"), nb::arg("columns"),
+        nb::arg("eps"), nb::arg("threads") = 1, nb::arg("isa") = -1);
 }
 
 }  // namespace prunus

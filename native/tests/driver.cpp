@@ -339,6 +339,8 @@ bool transpose_case(int64_t m, int64_t k, uint32_t block, uint32_t block_of_tran
 
 int group_cases(int* done);  // driver_groups.cpp
 
+int attention_cases(int* done);  // driver_attention.cpp
+
 int main() {
   set_grain(1);
   const int64_t sizes[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 53, 63, 64, 65, 97, 131};
@@ -369,6 +371,7 @@ int main() {
     failed += !transpose_case(pick(sizes), pick(sizes), pick(blocks), pick(blocks));
   failed += group_cases(&done);
   failed += vector_cases(&done);
+  failed += attention_cases(&done);
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);
   return failed != 0;
 }

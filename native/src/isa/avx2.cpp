@@ -97,6 +97,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/sddmm-inl.h"
 #include "kernels/conv-grad-inl.h"
 #include "kernels/attention-inl.h"
+#include "kernels/norm-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace

@@ -139,6 +139,7 @@ inline Vec sum_lanes(Vec (&b)[kLanes]) {
 #include "kernels/sddmm-inl.h"
 #include "kernels/conv-grad-inl.h"
 #include "kernels/attention-inl.h"
+#include "kernels/norm-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace

@@ -130,6 +130,7 @@ inline float total(const Partial& p) {
 #include "kernels/sddmm-inl.h"
 #include "kernels/conv-grad-inl.h"
 #include "kernels/attention-inl.h"
+#include "kernels/norm-inl.h"
 #include "kernels/table-inl.h"
 
 Kernels neon_table() {

@@ -141,6 +141,7 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #include "kernels/sddmm-inl.h"
 #include "kernels/conv-grad-inl.h"
 #include "kernels/attention-inl.h"
+#include "kernels/norm-inl.h"
 #include "kernels/table-inl.h"
 
 }  // namespace

@@ -8,6 +8,7 @@ void depthwise_f32(const Task& task) { depthwise(task); }
 void conv_groups_f32(const Task& task) { conv_groups(task); }
 void conv_grad_f32(const Task& task) { conv_grad(task); }
 void attention_f32(const Task& task) { attention(task); }
+void layer_norm_f32(const Task& task) { layer_norm(task); }
 void vectors_tokens_f32(const Task& task) { vectors<Tokens, Broadcasts<FloatVectors>>(task); }
 void vectors_planes_f32(const Task& task) { vectors<Planes, Broadcasts<FloatVectors>>(task); }
 #if defined(PRUNUS_TILES)

@@ -23,17 +23,31 @@ from prunus.kernels.face import (
 from prunus.kernels.geometry import Geometry, conv_block
 from prunus.kernels.grouping import Grouping, grouping
 from prunus.kernels.kinds import info, unpack, validate
+from prunus.kernels.transformer import (
+    ADDED,
+    ALLOWED,
+    NO_MASK,
+    attention,
+    attention_ptr,
+    layer_norm,
+    layer_norm_ptr,
+)
 from prunus.kernels.vectors import pack_vectors
 
 __all__ = [
     "ACTIVATIONS",
+    "ADDED",
+    "ALLOWED",
     "FALLBACK",
     "KINDS",
+    "NO_MASK",
     "BlobInfo",
     "Geometry",
     "Grouping",
     "active_isa",
     "addresses",
+    "attention",
+    "attention_ptr",
     "available_isas",
     "chain",
     "chain_ptr",
@@ -42,6 +56,8 @@ __all__ = [
     "conv_ptr",
     "grouping",
     "info",
+    "layer_norm",
+    "layer_norm_ptr",
     "linear",
     "linear_ptr",
     "matmul_planes",

@@ -45,7 +45,7 @@ def linear(
     x, bias, flags = _checked(x, bias, head, 1, threads, activation)
     x = np.require(x, np.float32, ["C", "A"])
     residual = _residual(residual, (len(x), head.rows))
-    chosen = _isa_index(isa)
+    chosen = isa_index(isa)
     if _native is None or chosen is None:
         return reference.linear(blob, x, bias, activation, residual)
     y = np.empty((x.shape[0], head.rows), np.float32)
@@ -87,7 +87,7 @@ def chain(
     x, _, _ = _checked(x, None, heads[0], 1, threads, "")
     x = np.require(x, np.float32, ["C", "A"])
     residual = _residual(residual, (len(x), heads[-1].rows))
-    chosen = _isa_index(isa)
+    chosen = isa_index(isa)
     kept = [bias for bias, _ in checked]
     if _native is None or chosen is None:
         return reference.chain(layers, x, kept, activations, residual)
@@ -120,7 +120,7 @@ def matmul_planes(
         x = np.require(x, np.float32, ["C", "A"])
     n = x.shape[1]
     residual = _residual(residual, (head.rows, n))
-    chosen = _isa_index(isa)
+    chosen = isa_index(isa)
     if _native is None or chosen is None:
         return reference.matmul_planes(blob, x, bias, activation, residual)
     ldx = x.strides[0] // 4 if x.shape[0] > 1 and n else n
@@ -162,7 +162,7 @@ def conv2d(
     x = np.require(x, np.float32, ["C", "A"])
     out = (geometry.batch, head.rows, *geometry.out_size)
     residual = _residual(residual, out)
-    chosen = _isa_index(isa)
+    chosen = isa_index(isa)
     if _native is None or chosen is None:
         return reference.conv2d(blob, x, geometry, bias, activation, residual)
     y = np.empty(out, np.float32)
@@ -215,7 +215,7 @@ def table() -> tuple[dict[str, str], ...]:
     )
 
 
-def _isa_index(isa: str | None) -> int | None:
+def isa_index(isa: str | None) -> int | None:
     """Index for the native module (-1: the active one); None for the NumPy reference."""
     if isa is None:
         return -1

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from prunus.runtime import blocks, candidates, chain, fuse, siblings
+from prunus.runtime import blocks, candidates, chain, fuse, siblings, transformer
 from prunus.runtime.arguments import checked, taking_examples
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
@@ -72,9 +72,11 @@ def compile(
         plan, twins = decide(base, calls, options)
         swaps = _fused(base, example, twins, chains)
         swaps, fused = _rewritten(base, example, swaps)
-        linked, chained = chain.link(base, example, swaps, fused.forwards, calls, options)
-        merged = siblings.merge(base, example, linked, fused.forwards, calls, options)
-        made = functools.partial(_made, base, siblings.Merged(linked, fused.forwards), merged)
+        placed = transformer.place(base, example, swaps, fused.forwards, options)
+        swaps, forwards = placed.swaps, placed.forwards
+        linked, chained = chain.link(base, example, swaps, forwards, calls, options)
+        merged = siblings.merge(base, example, linked, forwards, calls, options)
+        made = functools.partial(_made, base, siblings.Merged(linked, forwards), merged)
         if verify and swaps:
             forms = (assemble(model, {}, share=True), made(Form(True, merged=True)))
             tolerance = TOLERANCES[dtype]
@@ -82,7 +84,9 @@ def compile(
         plan, form = _form(made, example, plan, options, bool(swaps), bool(merged.groups))
     rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
     names = tuple(group.names for group in merged.groups) if form.merged else ()
-    plan = dataclasses.replace(plan, rows=rows, merged=names, chained=chained * form.swapped)
+    kept = placed if form.swapped else transformer.Placed({}, {})
+    found = {"attentions": kept.attentions, "norms": kept.norms, "merged": names}
+    plan = dataclasses.replace(plan, rows=rows, chained=chained * form.swapped, **found)
     final = form.of(made(form, share=False)).requires_grad_(False)
     setattr(final, _plan_name(model), plan)
     return final

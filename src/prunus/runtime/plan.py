@@ -68,7 +68,8 @@ class Plan:
     concluded; `layout` is "channels_last" if the convolutions run fastest with the channels
     innermost, else ""; `dtype` is "bfloat16" if all that is dense computes in it, else "float32";
     `merged` names layers that read the same input and became one, `chained` those that follow each
-    other and became one.
+    other and became one, `attentions` modules whose attention and `norms` layer normalisations that
+    run through the kernels.
     """
 
     rows: tuple[Row, ...]
@@ -82,6 +83,8 @@ class Plan:
     dtype: str = "float32"
     merged: tuple[tuple[str, ...], ...] = ()
     chained: tuple[tuple[str, ...], ...] = ()
+    attentions: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
     @property
     def speedup(self) -> float | None:
@@ -119,6 +122,7 @@ class Plan:
         ]
         plain["merged"] = [list(names) for names in self.merged]
         plain["chained"] = [list(names) for names in self.chained]
+        plain |= {"attentions": list(self.attentions), "norms": list(self.norms)}
         plain["speedup"] = self.speedup
         return plain
 
@@ -146,6 +150,8 @@ class Plan:
         words = [self.layout] if self.layout else []
         words += [self.dtype] if self.dtype != "float32" else []
         words += [f"{len(self.chained)} chains"] if self.chained else []
+        words += [f"{len(self.attentions)} attentions"] if self.attentions else []
+        words += [f"{len(self.norms)} layer norms"] if self.norms else []
         return words + (merged if self.merged else [])
 
 

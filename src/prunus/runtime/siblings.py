@@ -20,6 +20,7 @@ from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import plain
 from prunus.runtime.measure import interleaved
 from prunus.runtime.modules import SparseLinear
+from prunus.runtime.transformer import SCOPE
 from prunus.runtime.verify import difference
 
 MARGIN = 1.03
@@ -87,7 +88,7 @@ def merge(
         parts = parts_of([swaps[name] for name in group.names])
         graph = graphs.get(group.parent)
         joined = graph is not None and join(graph, model.get_submodule(group.parent), group, parts)
-        usable = joined or group.parent not in merged.forwards
+        usable = joined or merged.forwards.get(group.parent) in (None, SCOPE)
         if not usable or not (old or _faster(group, swaps, calls, options.threads, joined)):
             graphs.pop(group.parent, None)  # it may be joined already
             continue

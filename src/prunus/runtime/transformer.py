@@ -1,0 +1,293 @@
+"""What a transformer computes between its linear layers, moved to the kernels where they win."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prunus import kernels
+from prunus.runtime import blocks, cache, candidates
+from prunus.runtime.assemble import assemble
+from prunus.runtime.attention import LayerNorm, attend
+from prunus.runtime.candidates import Call
+from prunus.runtime.decide import LAYER_BUDGET, Options, bound, environment
+from prunus.runtime.forward import Forward, state_of
+from prunus.runtime.fuse import UNTRACEABLE, plain
+from prunus.runtime.measure import interleaved
+from prunus.runtime.verify import difference
+
+MARGIN = 1.05
+"""The kernel must be this many times faster than torch's operator."""
+KERNEL, TORCH = "kernel", "torch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Swaps and forward passes with the kernels in place, and names of what they replace.
+
+    attentions: modules whose forward pass calls attention. norms: layer normalisations.
+    """
+
+    swaps: dict[str, nn.Module]
+    forwards: dict[str, Forward]
+    attentions: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+
+
+def place(
+    base: nn.Module,
+    example: Any,
+    swaps: Mapping[str, nn.Module],
+    forwards: Mapping[str, Forward],
+    options: Options,
+) -> Placed:
+    """Kernels in place of F.scaled_dot_product_attention and nn.LayerNorm where they are faster.
+
+    Found by watching a forward pass, and only beside layers that are swapped. An older plan's are
+    taken without the clock.
+    """
+    placed, old = Placed(dict(swaps), dict(forwards)), options.replayed
+    if not swaps or kernels.attention_ptr is None or (options.choose is not None and old is None):
+        return placed
+    model = assemble(base, swaps, forwards, share=True)
+    wanted = None if old is None else frozenset(old.attentions)
+    names = _attentions(model, example, options.threads, wanted)
+    rewritten = placed.forwards | _forwards(model, example, names)
+    if names and _same(model, assemble(base, swaps, rewritten, share=True), example):
+        placed = dataclasses.replace(placed, forwards=rewritten, attentions=names)
+    wanted = None if old is None else frozenset(old.norms)
+    norms = _norms(model, example, options.threads, wanted)
+    twins = placed.swaps | norms
+    if norms and _same(model, assemble(base, twins, placed.forwards, share=True), example):
+        placed = dataclasses.replace(placed, swaps=twins, norms=tuple(norms))
+    return placed
+
+
+def _same(one: nn.Module, other: nn.Module, example: Any) -> bool:
+    """Whether both compute the same."""
+    try:
+        return difference(one, other, example) is None
+    except UNTRACEABLE:
+        return False
+
+
+class _Watch(TorchFunctionMode):
+    """Calls of attention by the innermost module that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self.found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func is F.scaled_dot_product_attention and self.running:
+            given = inspect.signature(attend).bind(*args, **named).arguments
+            self.found[self.running[-1]].append(given)
+        return func(*args, **named)
+
+
+def watch(model: nn.Module, example: Any) -> dict[str, list[dict[str, Any]]]:
+    """{module: arguments of each call of F.scaled_dot_product_attention in its forward pass}."""
+    seen = _Watch()
+    handles = []
+    for name, module in model.named_modules():
+        enter = functools.partial(_enter, seen.running, name)
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(functools.partial(_leave, seen.running)))
+    try:
+        with seen:
+            candidates.run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(seen.found)
+
+
+def _enter(running: list[str], name: str, module: nn.Module, args: Any) -> None:
+    running.append(name)
+
+
+def _leave(running: list[str], module: nn.Module, args: Any, output: Any) -> None:
+    running.pop()
+
+
+def _attentions(
+    model: nn.Module, example: Any, threads: int, wanted: frozenset[str] | None
+) -> tuple[str, ...]:
+    """Modules whose attention is faster by the kernel, or the wanted ones."""
+    found = watch(model, example)
+    if wanted is not None:
+        return tuple(name for name in found if name in wanted)
+    times: dict[str, dict[str, float]] = {}
+    faster = []
+    for name, given in found.items():
+        totals = Counter[str]()
+        for arguments in given:
+            facts = _facts(arguments)
+            if str(facts) not in times:
+                times[str(facts)] = _times(arguments, facts, threads)
+            totals.update(times[str(facts)])
+        if plain(model.get_submodule(name)) and totals[TORCH] >= MARGIN * totals[KERNEL]:
+            faster.append(name)
+    return tuple(faster)
+
+
+def _facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the time of a call depends on."""
+    return {
+        key: [list(value.shape), list(value.stride()), str(value.dtype)]
+        if isinstance(value, Tensor)
+        else value
+        for key, value in arguments.items()
+    }
+
+
+def _times(arguments: Mapping[str, Any], facts: Any, threads: int) -> dict[str, float]:
+    """Seconds of both ways, from the disk or the clock."""
+    key = {**environment(threads), "kind": "attention", "arguments": facts}
+    seconds = cache.get(key, frozenset((KERNEL, TORCH)))
+    if seconds is None:
+        runs = {
+            KERNEL: functools.partial(attend, **arguments),
+            TORCH: functools.partial(F.scaled_dot_product_attention, **arguments),
+        }
+        seconds = interleaved(runs, budget=LAYER_BUDGET)
+        cache.put(key, seconds)
+    return seconds
+
+
+def _forwards(model: nn.Module, example: Any, names: tuple[str, ...]) -> dict[str, Forward]:
+    """{module: its forward pass with the kernel}: a new one, or a scope around the old one."""
+    owners = {name: model.get_submodule(name) for name in names}
+    calls = blocks.record_calls(model, list(owners.values()), example)
+    found: dict[str, Forward] = {}
+    for name, module in owners.items():
+        graph = blocks.trace(module, calls)
+        found[name] = SCOPE
+        if graph is None:
+            continue
+        nodes = [node for node in graph.nodes if node.target is F.scaled_dot_product_attention]
+        for node in nodes:
+            node.target = attend
+        if nodes:
+            found[name] = Forward.of(graph)
+    return found
+
+
+class _Redirect(TorchFunctionMode):
+    """Attention by the kernel, everything else as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = attend if func is F.scaled_dot_product_attention else func
+        return func(*args, **(kwargs or {}))
+
+
+class Scope(Forward):
+    """The forward pass of a class within which attention runs through the kernel.
+
+    For what torch.fx cannot trace. Under torch.compile and export the scope is left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("", {})
+
+    def install(self, module: nn.Module) -> None:
+        """Give the module a subclass of its class with the scope."""
+        module.__class__ = _scoped(type(module))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Scope, ()
+
+
+SCOPE = Scope()
+
+
+@functools.cache
+def _scoped(base: type[nn.Module]) -> type[nn.Module]:
+    """The class `base` with a forward pass inside the scope."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return base.forward(self, *args, **named)
+        with _Redirect():
+            return base.forward(self, *args, **named)
+
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": lambda module, _: (_revived, (base,), state_of(module)),
+        "forward": forward,
+    }
+    return cast("type[nn.Module]", type(base.__name__, (base,), members))
+
+
+def _revived(base: type[nn.Module]) -> nn.Module:
+    """An empty instance, to be filled with its state."""
+    made = _scoped(base)
+    return cast(nn.Module, made.__new__(made))
+
+
+def _norms(
+    model: nn.Module, example: Any, threads: int, wanted: frozenset[str] | None
+) -> dict[str, nn.Module]:
+    """{name: twin} of the layer normalisations that are faster by the kernel, or wanted."""
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if name and type(module) is nn.LayerNorm and plain(module)
+        if all(value.dtype == torch.float32 for value in module.parameters())
+    }
+    if wanted is not None:
+        return {name: LayerNorm.of(norm) for name, norm in norms.items() if name in wanted}
+    calls: dict[str, Counter[Call]] = {name: Counter() for name in norms}
+    handles = [
+        norm.register_forward_pre_hook(functools.partial(_count, calls[name]))
+        for name, norm in norms.items()
+    ]
+    try:
+        candidates.run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: LayerNorm.of(norm)
+        for name, norm in norms.items()
+        if calls[name] and _norm_faster(norm, calls[name], threads)
+    }
+
+
+def _count(counter: Counter[Call], module: nn.Module, args: tuple[Any, ...]) -> None:
+    if args:
+        x = args[0]
+        counter[Call(tuple(x.shape), tuple(x.stride()), x.dtype)] += 1
+
+
+def _norm_faster(norm: nn.LayerNorm, calls: Mapping[Call, int], threads: int) -> bool:
+    """Whether the kernel wins on these inputs, by the disk or the clock."""
+    totals = Counter[str]()
+    for call, count in calls.items():
+        facts = [list(call.shape), list(call.stride), str(call.dtype), list(norm.normalized_shape)]
+        key = {**environment(threads), "kind": "layer norm", "input": facts}
+        seconds = cache.get(key, frozenset((KERNEL, TORCH)))
+        if seconds is None:
+            x = call.sample().to(call.dtype)
+            forms: dict[str, nn.Module] = {KERNEL: LayerNorm.of(norm), TORCH: norm}
+            runs: dict[str, Callable[[], object]] = {
+                name: bound(form, x) for name, form in forms.items()
+            }
+            seconds = interleaved(runs, budget=LAYER_BUDGET)
+            cache.put(key, seconds)
+        totals.update({name: count * value for name, value in seconds.items()})
+    return totals[TORCH] >= MARGIN * totals[KERNEL]
