@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.utils.flop_counter import register_flop_formula
 
 from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
@@ -80,14 +81,21 @@ def attention(
             query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=True
         )
         return found.transpose(1, 2).contiguous()
-    rows = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    return attention_rows(*rows, mask, causal, scale)
+    q, k, v = (held if held.stride(3) == 1 else held.contiguous() for held in (query, key, value))
+    return attention_rows(q, k, v, mask, causal, scale)
 
 
 @attention.register_fake
 def _(query, key, value, mask, causal, scale):
     batch, heads, queries = query.shape[:3]
     return query.new_empty((batch, queries, heads, value.shape[3]))
+
+
+@register_flop_formula(torch.ops.prunus.attention)
+def _operations(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+    """Of both products, masked or not, as torch counts them; from shapes."""
+    batch, heads, queries, dim = query
+    return 2 * batch * heads * queries * key[2] * (dim + value[3])
 
 
 def attend(
@@ -158,6 +166,14 @@ def _direct(given: tuple[Tensor, ...], query: Tensor) -> bool:
     if not plain or query.shape[2] < FEWEST or not all(tensor.numel() for tensor in given):
         return False
     return all(tensor.stride(3) == 1 for tensor in given[:3])
+
+
+class Redirect(TorchFunctionMode):
+    """F.scaled_dot_product_attention by the kernel, everything else as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = attend if func is F.scaled_dot_product_attention else func
+        return func(*args, **(kwargs or {}))
 
 
 class LayerNorm(nn.LayerNorm):

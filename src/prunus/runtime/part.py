@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import ShapeError
+from prunus.runtime.attention import Redirect
 from prunus.runtime.forward import state_of
 from prunus.runtime.modules import SparseLinear
 
@@ -140,18 +141,38 @@ def split(merged: SparseLinear, sizes: list[int]) -> list[LinearPart]:
 
 def install(parent: nn.Module, part: LinearPart) -> None:
     """Let the parts in a parent share within each of its calls; its class gains a scope."""
-    held = vars(parent).get("prunus_meetings")
-    if held is None:
+    _open(parent)
+    vars(parent)["prunus_meetings"] = (*vars(parent)["prunus_meetings"], part.meeting)
+
+
+def redirect(module: nn.Module) -> None:
+    """Let attention within each call of a module run through the kernel; its class gains a scope.
+
+    Under torch.compile and export the scope has no such effect.
+    """
+    _open(module)
+    vars(module)["prunus_redirects"] = True
+
+
+def _open(parent: nn.Module) -> None:
+    """Give a module the class with scopes, if it does not have it."""
+    if "prunus_meetings" not in vars(parent):
         parent.__class__ = _scoped(type(parent))
-    vars(parent)["prunus_meetings"] = (*(held or ()), part.meeting)
+        vars(parent)["prunus_meetings"], vars(parent)["prunus_redirects"] = (), False
 
 
 @functools.cache
 def _scoped(base: type[nn.Module]) -> type[nn.Module]:
-    """The class `base` with a forward pass that opens and closes the meetings of its parts."""
+    """The class `base` with a forward pass that opens and closes its scopes."""
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **named: Any) -> Any:
+        if self.prunus_redirects and not torch.compiler.is_compiling():
+            with Redirect():
+                return met(self, args, named)
+        return met(self, args, named)
+
+    def met(self: Any, args: Any, named: Any) -> Any:
         opened = [meeting.frames() for meeting in self.prunus_meetings]
         for frames in opened:
             frames.append(_Frame())

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunus import kernels
-from prunus.runtime import blocks, cache, candidates
+from prunus.runtime import blocks, cache, candidates, part
 from prunus.runtime.assemble import assemble
 from prunus.runtime.attention import LayerNorm, attend
 from prunus.runtime.candidates import Call
 from prunus.runtime.decide import LAYER_BUDGET, Options, bound, environment
-from prunus.runtime.forward import Forward, state_of
+from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import UNTRACEABLE, plain
 from prunus.runtime.measure import interleaved
 from prunus.runtime.verify import difference
@@ -184,14 +184,6 @@ def _forwards(model: nn.Module, example: Any, names: tuple[str, ...]) -> dict[st
     return found
 
 
-class _Redirect(TorchFunctionMode):
-    """Attention by the kernel, everything else as it is."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = attend if func is F.scaled_dot_product_attention else func
-        return func(*args, **(kwargs or {}))
-
-
 class Scope(Forward):
     """The forward pass of a class within which attention runs through the kernel.
 
@@ -202,41 +194,14 @@ class Scope(Forward):
         super().__init__("", {})
 
     def install(self, module: nn.Module) -> None:
-        """Give the module a subclass of its class with the scope."""
-        module.__class__ = _scoped(type(module))
+        """Put the scope around the module's forward pass."""
+        part.redirect(module)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Scope, ()
 
 
 SCOPE = Scope()
-
-
-@functools.cache
-def _scoped(base: type[nn.Module]) -> type[nn.Module]:
-    """The class `base` with a forward pass inside the scope."""
-
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return base.forward(self, *args, **named)
-        with _Redirect():
-            return base.forward(self, *args, **named)
-
-    members = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "__reduce_ex__": lambda module, _: (_revived, (base,), state_of(module)),
-        "forward": forward,
-    }
-    return cast("type[nn.Module]", type(base.__name__, (base,), members))
-
-
-def _revived(base: type[nn.Module]) -> nn.Module:
-    """An empty instance, to be filled with its state."""
-    made = _scoped(base)
-    return cast(nn.Module, made.__new__(made))
 
 
 def _norms(
