@@ -1,6 +1,7 @@
 #include "norm.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernel.h"
 #include "pool.h"
@@ -34,7 +35,9 @@ void run_layer_norm(const LayerNorm& norm, int threads, const Kernels& kernels) 
   if (norm.rows == 0 || norm.columns == 0) return;
   const int64_t useful = norm.rows * norm.columns / std::max<int64_t>(1, grain() / kWorkPerElement);
   const int64_t parts = std::min<int64_t>({threads, useful, norm.rows, kMaxParts});
-  Shares shares{&norm, kernels.layer_norm_f32, static_cast<int>(std::max<int64_t>(1, parts))};
+  LayerNorm rooted = norm;
+  rooted.root = [](float value) { return std::sqrt(value); };
+  Shares shares{&rooted, kernels.layer_norm_f32, static_cast<int>(std::max<int64_t>(1, parts))};
   run_parts(shares.parts, run_share, &shares);
 }
 

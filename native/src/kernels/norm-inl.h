@@ -43,7 +43,7 @@ inline void layer_norm(const Task& task) {
     const float mean = row_sum<false>(x, n.columns, 0.0f) / columns;
     const float variance = row_sum<true>(x, n.columns, mean) / columns;
     const Vec middle = broadcast(mean);
-    const Vec factor = broadcast(1.0f / __builtin_sqrtf(variance + n.eps));
+    const Vec factor = broadcast(1.0f / n.root(variance + n.eps));
     for (int64_t i = 0; i < n.columns; i += kLanes) {
       const int64_t count = n.columns - i;
       Vec value = mul(sub(load_n(x + i, count), middle), factor);

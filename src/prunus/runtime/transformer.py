@@ -23,6 +23,7 @@ from prunus.runtime.decide import LAYER_BUDGET, Options, bound, environment
 from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import UNTRACEABLE, plain
 from prunus.runtime.measure import interleaved
+from prunus.runtime.tokens import simplify
 from prunus.runtime.verify import difference
 
 MARGIN = 1.05
@@ -180,6 +181,7 @@ def _forwards(model: nn.Module, example: Any, names: tuple[str, ...]) -> dict[st
         for node in nodes:
             node.target = attend
         if nodes:
+            simplify(graph)
             found[name] = Forward.of(graph)
     return found
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
 from prunus.metrics import flops
-from prunus.runtime import attention as operators
 from prunus.runtime import compile, load, save, transformer
 from prunus.runtime.attention import LayerNorm, attend
 
@@ -79,15 +78,15 @@ def always(monkeypatch, tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Number of calls of the attention kernel."""
+    """Calls of the attention kernel."""
     calls = []
-    kept = operators.attention_rows
+    kept = kernels.attention_ptr
 
-    def rows(*args):
+    def pointers(*args):
         calls.append(args)
         return kept(*args)
 
-    monkeypatch.setattr(operators, "attention_rows", rows)
+    monkeypatch.setattr(kernels, "attention_ptr", pointers)
     return calls
 
 
@@ -111,6 +110,65 @@ def test_compile_places_attention_and_norms(always, counted, traceable):
     assert (again.plan.attentions, again.plan.norms) == (fast.plan.attentions, fast.plan.norms)
     torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-4)
     assert compile(model, x, choose=lambda layer: "csr").plan.attentions == ()
+
+
+class Odd(nn.Module):
+    """Attention whose views differ from block to block."""
+
+    def __init__(self, split, join, reads=False) -> None:
+        super().__init__()
+        self.split, self.join, self.reads = split, join, reads
+        self.layer = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.split(self.layer(x))
+        mixed = F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.4)
+        out = self.join(mixed, x)
+        return out + mixed.sum() if self.reads else out
+
+
+VIEWS = {
+    "unflatten": (
+        lambda x: x.unflatten(-1, (3, -1)).transpose(1, 2),
+        lambda y, x: y.transpose(1, 2).flatten(2),
+    ),
+    "view": (
+        lambda x: x.view(x.shape[0], -1, 3, 8).permute(0, 2, 1, 3),
+        lambda y, x: y.permute(0, 2, 1, 3).contiguous().view(x.shape[0], -1, 24),
+    ),
+    "reshape": (
+        lambda x: x.reshape(x.size(0), x.size(1), 3, 8).transpose(2, 1),
+        lambda y, x: y.transpose(-2, -3).reshape(x.size(0), x.size(1), 24),
+    ),
+}
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_around_attention_go_where_nothing_else_reads_them(always, counted, name, reads):
+    model, x = pruned(Odd(*VIEWS[name], reads)), torch.randn(2, 9, 24)
+    fast = compile(model, x)
+    assert fast.plan.attentions == ("",)
+    assert ("attend_tokens" in fast.prunus_forward.source) is not reads
+    counted.clear()
+    for size in (9, 17, 3):
+        x = torch.randn(3, size, 24)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    assert len(counted) == 2
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    fast(leaf).square().sum().backward()
+    model(other).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_fixed_sizes_and_other_views_stay(always):
+    views = (lambda x: x.view(2, 9, 3, 8).transpose(1, 2), VIEWS["unflatten"][1])
+    model, x = pruned(Odd(*views)), torch.randn(2, 9, 24)
+    fast = compile(model, x)
+    assert "attend_tokens" not in fast.prunus_forward.source
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="shape"):
+        fast(torch.randn(4, 9, 24))
 
 
 def test_never_slower(always, monkeypatch):
