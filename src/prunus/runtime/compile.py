@@ -50,7 +50,8 @@ def compile(
     the residual addition and the activation (ReLU, ReLU6, GELU, SiLU) behind it; a module that this
     changes keeps its class but runs a traced forward pass, for arguments as in the example. Packed
     linear layers of one module that read the same tensor become one where that is faster, with
-    outputs that are views; those that follow each other become a chain.
+    outputs that are views; those that follow each other become a chain. Beside packed layers
+    attention and layer norms run through kernels where that is faster.
     threads: what to measure with (None: torch.get_num_threads()).
     dtype: torch.bfloat16 also allows weights and dense layers in bfloat16, where they win;
     torch.int8 allows weights in int8, too, with one scale per row.
@@ -73,23 +74,38 @@ def compile(
         swaps = _fused(base, example, twins, chains)
         swaps, fused = _rewritten(base, example, swaps)
         placed = transformer.place(base, example, swaps, fused.forwards, options)
-        swaps, forwards = placed.swaps, placed.forwards
-        linked, chained = chain.link(base, example, swaps, forwards, calls, options)
-        merged = siblings.merge(base, example, linked, forwards, calls, options)
-        made = functools.partial(_made, base, siblings.Merged(linked, forwards), merged)
+        linked, chained = chain.link(base, example, placed.swaps, placed.forwards, calls, options)
+        merged = siblings.merge(base, example, linked, placed.forwards, calls, options)
+        made = functools.partial(_made, base, siblings.Merged(linked, placed.forwards), merged)
         if verify and swaps:
             forms = (assemble(model, {}, share=True), made(Form(True, merged=True)))
-            tolerance = TOLERANCES[dtype]
-            expect_same(*forms, twins, example, assemble(base, {}, share=True), tolerance)
+            expect_same(*forms, twins, example, assemble(base, {}, share=True), TOLERANCES[dtype])
         plan, form = _form(made, example, plan, options, bool(swaps), bool(merged.groups))
     rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
-    names = tuple(group.names for group in merged.groups) if form.merged else ()
-    kept = placed if form.swapped else transformer.Placed({}, {})
-    found = {"attentions": kept.attentions, "norms": kept.norms, "merged": names}
-    plan = dataclasses.replace(plan, rows=rows, chained=chained * form.swapped, **found)
+    plan = _named(dataclasses.replace(plan, rows=rows), form, placed, merged, chained)
     final = form.of(made(form, share=False)).requires_grad_(False)
     setattr(final, _plan_name(model), plan)
     return final
+
+
+def _named(
+    plan: Plan,
+    form: Form,
+    placed: transformer.Placed,
+    merged: siblings.Merged,
+    chained: tuple[tuple[str, ...], ...],
+) -> Plan:
+    """The plan with the names of what became one, or runs through other kernels."""
+    if not form.swapped:
+        return plan
+    names = tuple(group.names for group in merged.groups) if form.merged else ()
+    return dataclasses.replace(
+        plan,
+        merged=names,
+        chained=chained,
+        attentions=placed.attentions,
+        norms=placed.norms,
+    )
 
 
 def _plan_name(model: nn.Module) -> str:
