@@ -27,10 +27,9 @@ inline bool is_tiled(const BlobHeader& h) { return h.kind == kTiledF32; }
 
 // Rows of a tile: at least 128, so that many have equally many non-zeros in a block, and an even
 // number of tiles if there are several, so that two threads share a panel well.
-constexpr int64_t kMostTileRows = 256;
 inline int64_t tile_rows(int64_t rows) {
   if (rows <= kLeastTile) return kLeastTile;
-  const int64_t tiles = (rows + 2 * kMostTileRows - 1) / (2 * kMostTileRows) * 2;
+  const int64_t tiles = (rows + 2 * kMostTile - 1) / (2 * kMostTile) * 2;
   return ((rows + tiles - 1) / tiles + kRowGroup - 1) / kRowGroup * kRowGroup;
 }
 

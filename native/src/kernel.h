@@ -70,8 +70,9 @@ struct Kernels {
 // each token of the output gets several neighbouring lines at a time.
 constexpr int64_t kTileRows = 64;
 
-// Rows of a weight in tiles whose outputs are kept at once, and the fewest of one tile.
+// Rows of a weight in tiles whose outputs are kept at once, and the most and fewest of one tile.
 constexpr int64_t kMostTiledRows = 1024;
+constexpr int64_t kMostTile = 256;
 constexpr int64_t kLeastTile = 128;
 
 // Static: an inline function would be a weak symbol in every ISA file.

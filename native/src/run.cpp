@@ -173,13 +173,13 @@ bool run(const Call& call) {
     plan.task.conv = &call.conv;
     plan.kernel = call.kernels->conv_f32;
     plan.panel = call.kernels->panel * call.conv.panels;
-  } else if (w.tile != 0) {
-    plan.kernel = tokens ? call.kernels->tiled_tokens_f32 : call.kernels->tiled_planes_f32;
-    plan.panel = call.kernels->panel;
   } else if (call.n == 1 && (tokens || call.ldx == 1)) {
     plan.kernel = call.kernels->spmv_f32;
     plan.panel = 1;
     if (tokens) plan.task.ldy = 1;
+  } else if (w.tile != 0) {
+    plan.kernel = tokens ? call.kernels->tiled_tokens_f32 : call.kernels->tiled_planes_f32;
+    plan.panel = call.kernels->panel;
   } else {
     plan.kernel = tokens ? call.kernels->spmm_tokens_f32 : call.kernels->spmm_planes_f32;
     plan.panel = call.kernels->panel;
@@ -237,12 +237,41 @@ bool run_chain_share(void* context, int index) {
   return true;
 }
 
+// One layer after another: for a single token, which is no panel, and where there are fewer panels
+// than threads, as these can share the rows of a layer.
+bool run_layers(const ChainCall& call) {
+  int64_t widest = 0;
+  for (int i = 0; i + 1 < call.count; ++i) widest = std::max(widest, call.layers[i].w.rows);
+  float* held = between.at_least(2 * widest * call.n);
+  if (held == nullptr) return false;
+  for (int i = 0; i < call.count; ++i) {
+    const ChainLayer& layer = call.layers[i];
+    const bool last = i + 1 == call.count;
+    Call one{};
+    one.w = layer.w;
+    one.layout = Layout::tokens;
+    one.x = i == 0 ? call.x : held + (i - 1) % 2 * widest * call.n;
+    one.ldx = layer.w.cols;
+    one.y = last ? call.y : held + i % 2 * widest * call.n;
+    one.ldy = layer.w.rows;
+    one.n = call.n;
+    one.bias = layer.bias;
+    one.residual = last ? call.residual : nullptr;
+    one.flags = layer.flags;
+    one.threads = call.threads;
+    one.kernels = call.kernels;
+    if (!run(one)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 bool run_chain(const ChainCall& call) {
   if (call.n == 0) return true;
   const int64_t panel = call.kernels->panel;
   ChainPlan plan{call, panel, (call.n + panel - 1) / panel, 0, 1};
+  if (call.n == 1 || plan.panels < call.threads) return run_layers(call);
   double work = 0;
   for (int i = 0; i < call.count; ++i) {
     const Weight& w = call.layers[i].w;

@@ -15,11 +15,12 @@ from prunus.formats.csr import check_compressed
 MOST_ROWS, LEAST_ROWS = 256, 128
 ROW_GROUP = 16
 MAX_BLOCK = (1 << 16) - 1
-USUAL_BLOCKS = ((0.075, 160), (0.035, 208), (0.0, 272))
+USUAL_BLOCKS = ((0.075, 160), (0.035, 208), (0.025, 272), (0.0, MAX_BLOCK))
 """(share of non-zeros from which on, columns per block), measured on Zen 5.
 
 With a panel of 64 columns 160 rows of it are 40 KiB, most of a first-level cache of 48. Where few
-of them are read by one row of the weight, its partial sum costs more than a wider block.
+of them are read by one row of the weight, its partial sum costs more than a wider block; with very
+few the whole width is one block, which suits single columns of X as well as rows do.
 """
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from prunus.runtime.assemble import assemble, in_channels_last
 from prunus.runtime.candidates import Call, Calls, Candidate
 from prunus.runtime.epilogue import Fusing
 from prunus.runtime.measure import interleaved, machine
-from prunus.runtime.plan import DENSE, DIRECT, Layer, Plan, Row
+from prunus.runtime.plan import DENSE, DIRECT, SPARSE, Layer, Plan, Row
 from prunus.runtime.switch import Switch, bounds, bucket_of, rows_of
 
 Choose = Callable[[Layer], str]
@@ -170,7 +171,7 @@ def _verdict(seconds: Mapping[str, float], ways: Mapping[str, Candidate]) -> tup
     best = min((name for name in seconds if name not in sparse), key=seconds.__getitem__)
     against = {DENSE: DENSE, LAST: f"dense ({LAST})"}.get(best, best)
     if sparse:
-        way = min(sparse, key=seconds.__getitem__)
+        way = _fastest({name: seconds[name] for name in sparse}, ways)
         ratio = seconds[best] / seconds[way]
         if ratio >= MARGIN:
             return way, f"{ratio:.2f}x {against}"
@@ -182,6 +183,13 @@ def _verdict(seconds: Mapping[str, float], ways: Mapping[str, Candidate]) -> tup
     if best in ways and ratio >= MARGIN:
         return best, f"{ratio:.2f}x {DENSE}" + (f", sparse {lost}" if lost else "")
     return DENSE, lost or f"{best} {ratio:.2f}x, below {MARGIN}x"
+
+
+def _fastest(seconds: Mapping[str, float], ways: Mapping[str, Candidate]) -> str:
+    """The fastest sparse way; those that beat csr by less than their margin do not count."""
+    base = seconds.get(SPARSE, math.inf)
+    worth = [name for name in seconds if seconds[name] * ways[name].margin <= base]
+    return min(worth or [SPARSE], key=seconds.__getitem__)
 
 
 def _times(
