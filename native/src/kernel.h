@@ -55,7 +55,7 @@ using KernelFunction = void (*)(const Task&);
 struct Kernels {
   const char* isa;
   int64_t panel;
-  int64_t vector_panel, pair_panel;  // of products of groups, fp32 and bf16
+  int64_t vector_panel, pair_panel, byte_panel;  // of products of groups: fp32, bf16, int8
 #define PRUNUS_KERNEL(name, layout, description) KernelFunction name;
 #include "kernels.def"
 #undef PRUNUS_KERNEL

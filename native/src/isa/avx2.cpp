@@ -89,6 +89,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/spmm-inl.h"
 #include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
+#include "kernels/bytes-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
 #include "kernels/groups-inl.h"
@@ -105,6 +106,7 @@ const Kernels kernels_avx2 = {
     kPanel,
     kVectorPanel,
     kPairPanel,
+    kBytePanel,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"
 #undef PRUNUS_KERNEL
