@@ -90,7 +90,7 @@ void add_scales(Packed& p, const Case& c, int64_t rows) {
     p.scales[r] = 0.001f * (1.0f + std::fabs(uniform()));
     p.sums[r] = 0;
     if (r >= c.m) continue;
-    float* row = &p.dense[(p.order ? p.order[r] : r) * c.k];
+    float* row = p.dense.data() + (p.order ? p.order[r] : r) * c.k;
     for (int64_t k = 0; k < c.k; ++k) {
       p.sums[r] += static_cast<int32_t>(row[k]);
       row[k] *= p.scales[r];
