@@ -32,7 +32,7 @@ from prunus.runtime.groups import grouped_layer
 SHAPES = ((512, 512), (768, 768), (3072, 768), (768, 3072), (2048, 2048), (4096, 4096))
 TOKENS = (128, 512)
 SPARSITIES = (0.5, 0.8, 0.9)
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the largest output
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "int8": 5e-2}  # of the largest output
 
 
 def cut(rows: int, columns: int, structure: Structure, sparsity: float) -> nn.Linear:
@@ -62,6 +62,7 @@ def ways(layer: nn.Linear, name: str) -> dict[str, nn.Module]:
     if groups is not None and name != "element":
         made["groups"] = grouped_layer(layer)
         made["groups bf16"] = grouped_layer(layer, torch.bfloat16)
+        made["groups int8"] = grouped_layer(layer, torch.int8)
     return made
 
 
@@ -85,10 +86,15 @@ def dense_peers(
     return runs
 
 
+def precision(way: str) -> str:
+    """What a way stores its weights in, by the last word of its name."""
+    return {"bf16": "bfloat16", "int8": "int8"}.get(way.split()[-1], "float32")
+
+
 def checked(way: str, made: nn.Module, layer: nn.Linear, x: torch.Tensor) -> None:
     """An error where a way computes something else than the dense layer."""
     wanted = layer(x)
-    allowed = TOLERANCE["bfloat16" if way.endswith("bf16") else "float32"]
+    allowed = TOLERANCE[precision(way)]
     gap = float((made(x) - wanted).abs().max() / wanted.abs().max())
     if not gap <= allowed:
         raise SystemExit(f"{way} differs from the dense layer by {gap:.2g}")
@@ -121,7 +127,7 @@ def case(
         if structure != "dense":
             kept = int(layers[structure].weight.count_nonzero())
         speed = 2e-9 * kept * n / time.median
-        limit = limits.get("bfloat16" if way.endswith("bf16") else "float32")
+        limit = limits.get(precision(way))
         rows.append(
             {
                 "structure": structure,

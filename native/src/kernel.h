@@ -59,8 +59,8 @@ using KernelFunction = void (*)(const Task&);
 struct Kernels {
   const char* isa;
   int64_t panel;
-  int64_t vector_panel, pair_panel;  // of products of groups, fp32 and bf16
-  int64_t query_block;  // of attention
+  int64_t vector_panel, pair_panel, byte_panel;  // of products of groups: fp32, bf16, int8
+  int64_t query_block;                           // of attention
 #define PRUNUS_KERNEL(name, layout, description) KernelFunction name;
 #include "kernels.def"
 #undef PRUNUS_KERNEL

@@ -75,7 +75,10 @@ bool run_vectors(const Call& call) {
   plan.task.vectors = &w;
   const Kernels& k = *call.kernels;
   const bool tokens = call.layout == Layout::tokens;
-  if (w.pairs) {
+  if (w.bytes) {
+    plan.kernel = tokens ? k.vectors_tokens_i8 : k.vectors_planes_i8;
+    plan.panel = k.byte_panel;
+  } else if (w.pairs) {
     plan.kernel = tokens ? k.vectors_tokens_bf16 : k.vectors_planes_bf16;
     plan.panel = k.pair_panel;
   } else {

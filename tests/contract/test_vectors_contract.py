@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from prunus import kernels
 from prunus.errors import FormatError, ShapeError, ValueRangeError
 from prunus.kernels import vectors
+from prunus.kernels.vector_values import rounded_tokens
 
 EPS = np.finfo(np.float32).eps
 NATIVE = [*kernels.available_isas(), *kernels.test_isas()]
 ISAS = [*(isa for isa in NATIVE if isa != kernels.FALLBACK), kernels.FALLBACK]
-DTYPES = list(vectors.KINDS)
+DTYPES = list(vectors.STORAGES)
 LAYOUTS = ("tokens", "planes")
 SHAPES = [
     (m, k, n)
@@ -58,6 +59,8 @@ def call(layout, blob, x_kn, residual=None, **options):
 
 def seen(x, dtype):
     """X as the kernel multiplies it."""
+    if dtype == "int8":
+        return rounded_tokens(x)
     return vectors.from_bf16(vectors.to_bf16(x)) if dtype == "bfloat16" else x
 
 

@@ -89,6 +89,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/spmm-inl.h"
 #include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
+#include "kernels/bytes-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
 #include "kernels/groups-inl.h"
@@ -107,6 +108,7 @@ const Kernels kernels_avx2 = {
     kPanel,
     kVectorPanel,
     kPairPanel,
+    kBytePanel,
     kQueries,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"

@@ -125,11 +125,16 @@ inline Vec sum_lanes(Vec (&b)[kLanes]) {
 #include "kernels/spmm-inl.h"
 #include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
+#include "kernels/bytes-inl.h"
 #ifdef PRUNUS_PAIRS
 #include "kernels/pairs-inl.h"
 #endif
+#ifdef __AVX512VNNI__
+#include "kernels/bytes-vnni-inl.h"
+#endif
 #ifdef PRUNUS_TILES
 #include "kernels/tiles-inl.h"
+#include "kernels/tiles-bytes-inl.h"
 #endif
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
@@ -149,6 +154,7 @@ const Kernels PRUNUS_TABLE = {
     kPanel,
     kVectorPanel,
     kPairPanel,
+    kBytePanel,
     kQueries,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"

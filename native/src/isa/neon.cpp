@@ -123,6 +123,7 @@ inline float total(const Partial& p) {
 #include "kernels/spmm-inl.h"
 #include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
+#include "kernels/bytes-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
 #include "kernels/groups-inl.h"

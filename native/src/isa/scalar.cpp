@@ -130,9 +130,11 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #include "kernels/spmm-inl.h"
 #include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
+#include "kernels/bytes-inl.h"
 #ifdef PRUNUS_TILES
 #include "kernels/tiles-emulated-inl.h"
 #include "kernels/tiles-inl.h"
+#include "kernels/tiles-bytes-inl.h"
 #endif
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
@@ -151,6 +153,7 @@ const Kernels PRUNUS_TABLE = {
     kPanel,
     kVectorPanel,
     kPairPanel,
+    kBytePanel,
     kQueries,
 #define PRUNUS_KERNEL(name, layout, description) name,
 #include "kernels.def"

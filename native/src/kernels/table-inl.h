@@ -21,6 +21,16 @@ void vectors_planes_bf16(const Task& task) { vectors<Planes, Pairs>(task); }
 void vectors_tokens_bf16(const Task& task) { vectors<Tokens, Broadcasts<HalfVectors>>(task); }
 void vectors_planes_bf16(const Task& task) { vectors<Planes, Broadcasts<HalfVectors>>(task); }
 #endif
+#if defined(PRUNUS_TILES)
+void vectors_tokens_i8(const Task& task) { tiles_of_bytes<Tokens>(task); }
+void vectors_planes_i8(const Task& task) { tiles_of_bytes<Planes>(task); }
+#elif defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+void vectors_tokens_i8(const Task& task) { vectors<Tokens, QuadBytes>(task); }
+void vectors_planes_i8(const Task& task) { vectors<Planes, QuadBytes>(task); }
+#else
+void vectors_tokens_i8(const Task& task) { vectors<Tokens, RoundedBytes>(task); }
+void vectors_planes_i8(const Task& task) { vectors<Planes, RoundedBytes>(task); }
+#endif
 void tiled_tokens_f32(const Task& task) {
   if (task.panel_in) {
     task.panel_out ? tiled<Panel, Panel>(task) : tiled<Panel, Tokens>(task);

@@ -68,6 +68,20 @@ struct EmulatedTiles {
   }
 };
 
+// TDPBSUD: four signed bytes of a times four unsigned ones of b, in each 32-bit sum.
+inline void emulated_bytes(EmulatedTiles& tiles, int c, int a, int b) {
+  for (int m = 0; m < tiles.rows[c]; ++m)
+    for (int n = 0; n < tiles.row_bytes[c] / 4; ++n) {
+      uint32_t total;
+      memcpy(&total, &tiles.data[c][m][4 * n], sizeof total);
+      for (int k = 0; k < tiles.row_bytes[a]; ++k)
+        total += static_cast<uint32_t>(static_cast<int8_t>(tiles.data[a][m][k]) *
+                                       tiles.data[b][k / 4][4 * n + k % 4]);
+      if (!tiles.configured) total = 0x80000000u;
+      memcpy(&tiles.data[c][m][4 * n], &total, sizeof total);
+    }
+}
+
 // One set of tiles for each thread, as in hardware.
 thread_local EmulatedTiles emulated_tiles;
 
@@ -77,6 +91,7 @@ thread_local EmulatedTiles emulated_tiles;
 #define TILE_LOAD(t, from, stride) emulated_tiles.load_tile(t, from, stride)
 #define TILE_STORE(t, to, stride) emulated_tiles.store_tile(t, to, stride)
 #define TILE_PRODUCT(c, a, b) emulated_tiles.product(c, a, b)
+#define TILE_PRODUCT_BYTES(c, a, b) emulated_bytes(emulated_tiles, c, a, b)
 
 // Panel rows of bfloat16 in order, and a row of zeros behind; a piece of fp32 panel on the way.
 template <class Layout, int V>
@@ -130,3 +145,50 @@ struct Pairs {
     }
   }
 };
+
+constexpr int64_t kByteTile = 1024;  // bytes of 16 quads of columns of 16 tokens
+
+// Panel rows of bytes in order, a row of zeros behind, then the copies. Rounded as floats there.
+template <class Layout, int V>
+inline void gather_bytes(const Task& task, int64_t first, int64_t count, float* panel) {
+  constexpr int64_t width = V * 16;
+  const int64_t cols = task.w.cols;
+  auto* bytes = reinterpret_cast<uint8_t*>(behind(panel));
+  auto& tokens = *reinterpret_cast<ByteTokens*>(panel);
+  float* wide = byte_copies(panel, cols);
+  Layout::template gather<width / kLanes>(task, first, count, 0, cols, wide);
+  ByteRange range;
+  float inverse[kMostTokens];
+  measure_panel<width / kLanes>(wide, cols, &range);
+  settle(range, count, &tokens, inverse);
+  quantise_panel(wide, cols, width, tokens, inverse);
+  for (int64_t k = 0; k <= cols; ++k)
+    for (int64_t t = 0; t < kMostTokens; ++t)
+      bytes[k * kMostTokens + t] =
+          k < cols && t < width ? static_cast<uint8_t>(wide[k * width + t]) : uint8_t{0};
+  keep_exact<Layout>(task, first, tokens, wide);
+}
+
+template <int V>
+inline void interleave_quads(const uint8_t* panel, const uint16_t* columns, int64_t width,
+                             uint8_t* to) {
+  for (int64_t i = 0; i < width; ++i)
+    for (int64_t t = 0; t < V * 16; ++t)
+      to[t / 16 * kByteTile + i / 4 * 64 + t % 16 * 4 + i % 4] =
+          panel[columns[i] * kMostTokens + t];
+}
+
+// Groups of other heights.
+template <int V>
+inline void quad_sums(const Vectors& w, int64_t g, const float* panel, int32_t* sums) {
+  const auto* rows = reinterpret_cast<const uint8_t*>(behind(panel));
+  memset(sums, 0, w.height * V * 16 * sizeof(int32_t));
+  for (int64_t at = w.offsets[g]; at < w.offsets[g + 1]; at += kByteColumns) {
+    const int64_t width = smaller(kByteColumns, w.offsets[g + 1] - at);
+    for (int64_t r = 0; r < w.height; ++r)
+      for (int64_t i = 0; i < width; ++i)
+        for (int64_t t = 0; t < V * 16; ++t)
+          sums[r * V * 16 + t] += byte_values(w, at)[r * width + i] *
+                                  rows[w.columns[at + i] * kMostTokens + t];
+  }
+}

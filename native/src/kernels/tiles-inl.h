@@ -19,6 +19,7 @@
   } while (0)
 #define TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
 #define TILE_PRODUCT(c, a, b) _tile_dpbf16ps(c, a, b)
+#define TILE_PRODUCT_BYTES(c, a, b) _tile_dpbsud(c, a, b)
 #endif
 
 constexpr int64_t kTileFloats = 256;

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from prunus.kernels import blob as blobs
-from prunus.kernels import kinds, vectors
+from prunus.kernels import kinds, vector_values
 from prunus.kernels.geometry import Geometry
 
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 4, "silu": 8, "relu6": 16}
@@ -65,7 +65,10 @@ def matmul_planes(
     total = np.zeros((head.rows, x.shape[1]))
     rows, columns, values = kinds.entries(blob)
     if head.kind == "vectors_bf16":
-        x = vectors.from_bf16(vectors.to_bf16(x))
+        x = vector_values.from_bf16(vector_values.to_bf16(x))
+    if head.kind == "vectors_i8":
+        x, kept = vector_values.rounded_tokens(x), values != 0
+        rows, columns, values = rows[kept], columns[kept], values[kept]
     with np.errstate(over="ignore", invalid="ignore"):
         _add_product(total, rows, columns, values, x)
     return _finished(total, bias, activation, residual)

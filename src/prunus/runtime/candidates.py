@@ -96,6 +96,13 @@ TABLE = (
         dtype=torch.bfloat16,
     ),
     Candidate(
+        f"{GROUPS} int8",
+        LINEAR,
+        lambda module: grouped_layer(module, torch.int8),
+        fits=lambda module: grouping_of(module) is not None and is_finite(module.weight),
+        dtype=torch.int8,
+    ),
+    Candidate(
         DENSE_BF16,
         ALL,
         lambda module: dense_layer(module, torch.bfloat16),

@@ -10,7 +10,7 @@ from prunus.errors import ShapeError
 from prunus.kernels import Grouping
 from prunus.runtime.modules import SparseLinear
 
-WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
 
 def grouping_of(module: nn.Module) -> Grouping | None:
@@ -23,7 +23,7 @@ def grouping_of(module: nn.Module) -> Grouping | None:
 def grouped_layer(
     module: nn.Module, dtype: torch.dtype = torch.float32, groups: Grouping | None = None
 ) -> SparseLinear:
-    """The packed twin of an nn.Linear in groups, values in float32 or bfloat16.
+    """The packed twin of an nn.Linear in groups, values in float32, bfloat16 or int8.
 
     A stored column is multiplied for all outputs of its group: where vectors hold zeros, NaN or
     infinity in an input reaches all of them. groups: default, as found. ShapeError: there are none.
