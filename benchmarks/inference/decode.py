@@ -58,7 +58,8 @@ def pruned(sparsity: float, folder: Path) -> tuple[nn.Module, Tensor]:
         model, tokenizer = load()
         pr.prune(model, pr.methods.one_shot_magnitude(sparsity), include="model.layers.*")
         tokens = {"ids": tokenizer.encode(TEXT).ids}
-        (folder / "config.json").write_text(json.dumps([model.config.to_dict(), tokens]))  # pyright: ignore
+        config: Any = model.config
+        (folder / "config.json").write_text(json.dumps([config.to_dict(), tokens]))
         state = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
         save_file({name: t.contiguous() for name, t in state.items()}, place)
     from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
@@ -80,6 +81,9 @@ def generated(model: nn.Module, ids: Tensor, count: int) -> Tensor:
 
 class DenseInt8(nn.Module):
     """torch's own dense product with int8 weights, one scale per row, on bfloat16 inputs."""
+
+    rounded: Tensor
+    scales: Tensor
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class Simulated(nn.Module):
         return F.linear(x.float(), self.dense[0]).to(x.dtype)
 
 
-def swapped(model: nn.Module, kinds: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
+def swapped(model: Any, kinds: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
     """The model with the layers of these classes in its blocks replaced, in place."""
     for name, layer in list(model.named_modules()):
         if ".layers." in name and isinstance(layer, kinds):
@@ -117,7 +121,7 @@ def swapped(model: nn.Module, kinds: Any, build: Callable[[Any], nn.Module]) -> 
     return model
 
 
-def form(model: nn.Module, ids: Tensor, name: str, quick: bool) -> nn.Module:
+def form(model: Any, ids: Tensor, name: str, quick: bool) -> Any:
     """The model in one of FORMS."""
     if name == "dense fp32":
         return model
@@ -133,10 +137,10 @@ def form(model: nn.Module, ids: Tensor, name: str, quick: bool) -> nn.Module:
     def choose(layer: Any) -> str:
         return way if ".layers." in layer.name else "dense"
 
-    plan = pr.compile(model, step, dtype=dtype, choose=choose, verify=False).plan
+    plan: Any = pr.compile(model, step, dtype=dtype, choose=choose, verify=False).plan
     groups = tuple(
         tuple(f"model.layers.{i}.{parent}.{leaf}" for leaf in leaves)
-        for i in range(model.config.num_hidden_layers)  # pyright: ignore
+        for i in range(model.config.num_hidden_layers)
         for parent, leaves in SIBLINGS
     )
     kind = "float32" if name == "fp32" else "bfloat16"
@@ -175,30 +179,30 @@ def measured(name: str, sparsity: float, options: Any) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def layers_of(model: nn.Module) -> list[Any]:
     """The linear layers of the blocks, merged ones once."""
     found = [module for name, module in model.named_modules() if ".layers." in name]
     return [m for m in found if isinstance(m, (SparseLinear, nn.Linear, DenseInt8))]
 
 
-def alone(layers: list[nn.Module], dtype: torch.dtype) -> Callable[[], float]:
+def alone(layers: list[Any], dtype: torch.dtype) -> Callable[[], float]:
     """Seconds of one token through these layers and nothing else."""
-    widths = {int(layer.in_features) for layer in layers}  # pyright: ignore
+    widths = {int(layer.in_features) for layer in layers}
     inputs = {width: torch.randn(1, 1, width).to(dtype) for width in widths}
 
     @torch.no_grad()
     def run() -> float:
         begin = time.perf_counter()
         for layer in layers:
-            layer(inputs[layer.in_features])  # pyright: ignore
+            layer(inputs[layer.in_features])
         return time.perf_counter() - begin
 
     return run
 
 
-def timers(model: nn.Module, ids: Tensor, tokens: int) -> dict[str, Callable[[], float]]:
+def timers(model: Any, ids: Tensor, tokens: int) -> dict[str, Callable[[], float]]:
     """{what: its seconds, measured once}."""
-    dtype = model.lm_head.weight.dtype  # pyright: ignore
+    dtype = model.lm_head.weight.dtype
 
     def generate(count: int) -> float:
         begin = time.perf_counter()
@@ -209,7 +213,7 @@ def timers(model: nn.Module, ids: Tensor, tokens: int) -> dict[str, Callable[[],
         "prefill": functools.partial(generate, 1),
         "whole": functools.partial(generate, tokens + 1),
         "layers": alone(layers_of(model), dtype),
-        "output": alone([model.lm_head], dtype),  # pyright: ignore
+        "output": alone([model.lm_head], dtype),
     }
 
 
@@ -235,14 +239,15 @@ def speeds(forms: dict[str, nn.Module], ids: Tensor, tokens: int, rounds: int) -
     return rows
 
 
-def simulated(fast: nn.Module, model: nn.Module) -> nn.Module:
+def simulated(fast: Any, model: nn.Module) -> nn.Module:
     """The dense model with the weights of a compiled one, in the same precision elsewhere."""
     twin = copy.deepcopy(model)
-    for name, layer in fast.named_modules():
+    modules: list[tuple[str, Any]] = list(fast.named_modules())
+    for name, layer in modules:
         packed = ".layers." in name and isinstance(layer, (SparseLinear, LinearPart))
         if packed and not name.endswith(".merged"):
             twin.set_submodule(name, Simulated(layer))
-    return in_bfloat16(twin) if fast.lm_head.weight.dtype == torch.bfloat16 else twin  # pyright: ignore
+    return in_bfloat16(twin) if fast.lm_head.weight.dtype == torch.bfloat16 else twin
 
 
 def same_tokens(found: Tensor, wanted: Tensor, ids: Tensor) -> int:
@@ -268,8 +273,8 @@ def measure(sparsity: float, options: Any) -> list[dict[str, Any]]:
             against = times[f"dense {name}"]
             for part in ("token", "layers"):
                 row[f"{part}_speedup"] = against[f"{part}_seconds"] / row[f"{part}_seconds"]
-            choices = sorted({layer.choice for layer in plan.rows})  # pyright: ignore
-            row |= same | {"choices": choices, "plan": plan.reason}  # pyright: ignore
+            choices = sorted({layer.choice for layer in plan.rows})
+            row |= same | {"choices": choices, "plan": plan.reason}
         rows.append(row)
     del forms
     for row in rows:
