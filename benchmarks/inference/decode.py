@@ -96,7 +96,7 @@ class DenseInt8(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., K]."""
         rows = x.reshape(-1, self.in_features)
-        y = torch._weight_int8pack_mm(rows, self.rounded, self.scales)
+        y = torch.ops.aten._weight_int8pack_mm(rows, self.rounded, self.scales)
         return y.view(*x.shape[:-1], -1)
 
 
