@@ -15,6 +15,18 @@ using Vec = __m256;
 
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
+
+// Four weights by one load; repeat<i> is the i-th in every lane.
+using Quad = __m256;
+inline Quad load_quad(const float* from) {
+  const __m128 four = _mm_loadu_ps(from);
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(four), four, 1);
+}
+template <int i>
+inline Vec repeat(Quad quad) {
+  return _mm256_permute_ps(quad, i * 0x55);
+}
+
 inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }

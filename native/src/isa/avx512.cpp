@@ -26,6 +26,15 @@ using Vec = __m512;
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec broadcast(float value) { return _mm512_set1_ps(value); }
 inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+
+// Four weights by one load; repeat<i> is the i-th in every lane.
+using Quad = __m512;
+inline Quad load_quad(const float* from) { return _mm512_broadcast_f32x4(_mm_loadu_ps(from)); }
+template <int i>
+inline Vec repeat(Quad quad) {
+  return _mm512_permute_ps(quad, i * 0x55);
+}
+
 inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }

@@ -26,6 +26,15 @@ using Vec = float32x4_t;
 
 inline Vec zero() { return vdupq_n_f32(0.0f); }
 inline Vec broadcast(float value) { return vdupq_n_f32(value); }
+
+// Four weights by one load; repeat<i> is the i-th in every lane.
+using Quad = float32x4_t;
+inline Quad load_quad(const float* from) { return vld1q_f32(from); }
+template <int i>
+inline Vec repeat(Quad quad) {
+  return vdupq_laneq_f32(quad, i);
+}
+
 inline Vec load(const float* from) { return vld1q_f32(from); }
 inline void store(float* to, Vec v) { vst1q_f32(to, v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }

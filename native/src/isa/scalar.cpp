@@ -21,6 +21,15 @@ struct Vec {
 };
 
 inline Vec broadcast(float value) { return {{value, value, value, value}}; }
+
+// Four weights; repeat<i> is the i-th in every lane.
+using Quad = const float*;
+inline Quad load_quad(const float* from) { return from; }
+template <int i>
+inline Vec repeat(Quad quad) {
+  return broadcast(quad[i]);
+}
+
 inline Vec zero() { return broadcast(0.0f); }
 inline Vec load(const float* from) { return {{from[0], from[1], from[2], from[3]}}; }
 

@@ -1,6 +1,7 @@
 // Sparse weight times dense matrix, for any instruction set.
 // Included by src/isa/*.cpp inside an anonymous namespace, after these are defined there:
-//   Vec, kLanes, kSets, zero, load, store, load_n, store_n, broadcast, fma, add, transpose, write.
+//   Vec, kLanes, kSets, zero, load, store, load_n, store_n, broadcast, fma, add, transpose, write,
+//   Quad, load_quad, repeat.
 // No inline library function may be used here: its weak symbol would carry this file's
 // instructions into programs on older CPUs.
 
@@ -25,6 +26,25 @@ struct Contiguous {
   }
 };
 
+// Four weights and their columns come by one load each: with an address of its own for each,
+// loads would be the bound.
+constexpr int kQuad = 4;
+
+inline uint64_t load_columns(const uint16_t* columns) {
+  uint64_t quad;
+  __builtin_memcpy(&quad, columns, sizeof quad);
+#if defined(__GNUC__)
+  asm("" : "+r"(quad));  // the compiler would load each column by itself again
+#endif
+  return quad;
+}
+
+template <int V>
+inline void add_product(Vec weight, const float* row, Vec (&sums)[V]) {
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) sums[v] = fma(weight, load(row + v * kLanes), sums[v]);
+}
+
 // acc[v] += sum of values[i] * panel row columns[i], i in [begin, end). kSets partial sums hide
 // the latency of the multiply-add; their order does not depend on V, so a column's result does
 // not depend on its place in the panel.
@@ -39,21 +59,15 @@ inline void accumulate(const float* values, const uint16_t* columns, uint32_t be
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sums[s][v] = zero();
   uint32_t i = begin;
-  for (; i + kSets <= end; i += kSets) {
-#pragma GCC unroll 16
-    for (int s = 0; s < kSets; ++s) {
-      const Vec weight = broadcast(values[i + s]);
-      const float* row = source.row(columns[i + s]);
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) sums[s][v] = fma(weight, load(row + v * kLanes), sums[s][v]);
-    }
+  for (; i + kQuad <= end; i += kQuad) {
+    const Quad weights = load_quad(values + i);
+    const uint64_t quad = load_columns(columns + i);
+    add_product<V>(repeat<0>(weights), source.row(quad & 0xFFFF), sums[0]);
+    add_product<V>(repeat<1>(weights), source.row(quad >> 16 & 0xFFFF), sums[1 % kSets]);
+    add_product<V>(repeat<2>(weights), source.row(quad >> 32 & 0xFFFF), sums[2 % kSets]);
+    add_product<V>(repeat<3>(weights), source.row(quad >> 48), sums[3 % kSets]);
   }
-  for (; i < end; ++i) {
-    const Vec weight = broadcast(values[i]);
-    const float* row = source.row(columns[i]);
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) sums[0][v] = fma(weight, load(row + v * kLanes), sums[0][v]);
-  }
+  for (; i < end; ++i) add_product<V>(broadcast(values[i]), source.row(columns[i]), sums[0]);
 #pragma GCC unroll 16
   for (int step = kSets / 2; step > 0; step /= 2)
 #pragma GCC unroll 16

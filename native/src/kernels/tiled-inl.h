@@ -28,16 +28,7 @@ struct Panel {
   }
 };
 
-// Four columns in one load: with an address of its own for each, loads would be the bound.
-constexpr int kQuad = 4;
 constexpr int kTiledSets = kSets < 2 ? kSets : 2;
-
-template <int V>
-inline void add_product(float value, const float* row, Vec (&sums)[V]) {
-  const Vec weight = broadcast(value);
-#pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) sums[v] = fma(weight, load(row + v * kLanes), sums[v]);
-}
 
 // out += sum over i < count of values[i] * panel row columns[i]; out = it if `first`. The order of
 // the sum depends on `count` alone.
@@ -45,6 +36,7 @@ template <int V>
 inline void add_row(const float* values, const uint16_t* columns, uint32_t count,
                     const float* panel, bool first, float* out) {
   constexpr int64_t stride = V * kLanes;
+  constexpr int last = kTiledSets - 1;
   Vec sums[kTiledSets][V];
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) sums[0][v] = first ? zero() : load(out + v * kLanes);
@@ -54,20 +46,18 @@ inline void add_row(const float* values, const uint16_t* columns, uint32_t count
     for (int v = 0; v < V; ++v) sums[s][v] = zero();
   uint32_t i = 0;
   for (; i + kQuad <= count; i += kQuad) {
-    uint64_t quad;
-    __builtin_memcpy(&quad, columns + i, sizeof quad);
-#if defined(__GNUC__)
-    asm("" : "+r"(quad));  // the compiler would load each column by itself again
-#endif
-    add_product<V>(values[i], panel + (quad & 0xFFFF) * stride, sums[0]);
-    add_product<V>(values[i + 1], panel + (quad >> 16 & 0xFFFF) * stride, sums[kTiledSets - 1]);
-    add_product<V>(values[i + 2], panel + (quad >> 32 & 0xFFFF) * stride, sums[0]);
-    add_product<V>(values[i + 3], panel + (quad >> 48) * stride, sums[kTiledSets - 1]);
+    const Quad weights = load_quad(values + i);
+    const uint64_t quad = load_columns(columns + i);
+    add_product<V>(repeat<0>(weights), panel + (quad & 0xFFFF) * stride, sums[0]);
+    add_product<V>(repeat<1>(weights), panel + (quad >> 16 & 0xFFFF) * stride, sums[last]);
+    add_product<V>(repeat<2>(weights), panel + (quad >> 32 & 0xFFFF) * stride, sums[0]);
+    add_product<V>(repeat<3>(weights), panel + (quad >> 48) * stride, sums[last]);
   }
-  for (; i < count; ++i) add_product<V>(values[i], panel + columns[i] * stride, sums[0]);
+  for (; i < count; ++i)
+    add_product<V>(broadcast(values[i]), panel + columns[i] * stride, sums[0]);
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
-    const Vec sum = kTiledSets > 1 ? add(sums[0][v], sums[kTiledSets - 1][v]) : sums[0][v];
+    const Vec sum = kTiledSets > 1 ? add(sums[0][v], sums[last][v]) : sums[0][v];
     store(out + v * kLanes, sum);
   }
 }
