@@ -9,6 +9,9 @@ from the same places; every step sees another batch.
 
 from __future__ import annotations
 
+import argparse
+import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -153,29 +156,34 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=100, help="steps between moves")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    cases = []
-    for name in options.models:
-        for sparsity in options.sparsities:
-            rounds = [
-                {
-                    way: fresh(options, name, way, sparsity, options.steps, options.every)
-                    for way in WAYS
-                }
-                for _ in range(options.rounds)
-            ]
-            found = {way: min((r[way] for r in rounds), key=lambda c: c["step"]) for way in WAYS}
-            cases.append({"model": name, "sparsity": sparsity, "ways": found})
-            for way, case in found.items():
-                line = (
-                    f"{name}, {sparsity:.0%}, {way}: step {case['step'] * 1e3:.1f} ms, epoch "
-                    f"{case['epoch']:.2f} s, peak {case['peak'] / MIB:.0f} MiB, "
-                    f"held {case['bytes'] / MIB:.1f} MiB"
-                )
-                if case["nonzeros"]:
-                    each = case["packed"] / case["nonzeros"]
-                    line += f", packed layers {each:.2f} bytes a weight, {each / 18:.3f} of 18"
-                print(line, flush=True)
-    print("written:", harness.write(__file__, options, {"cases": cases}))
+    cases = harness.Cases(__file__, options)
+    for name, sparsity in itertools.product(options.models, options.sparsities):
+        key = {"model": name, "sparsity": sparsity, "steps": options.steps, "every": options.every}
+        report(cases.one(key, functools.partial(ways, name, sparsity, options)))
+    print("written:", cases.write())
+
+
+def ways(name: str, sparsity: float, options: argparse.Namespace) -> dict[str, Any]:
+    """The fastest round of every way."""
+    given = (sparsity, options.steps, options.every)
+    rounds = [
+        {way: fresh(options, name, way, *given) for way in WAYS} for _ in range(options.rounds)
+    ]
+    return {"ways": {way: min((r[way] for r in rounds), key=lambda c: c["step"]) for way in WAYS}}
+
+
+def report(case: dict[str, Any]) -> None:
+    """Print a line per way."""
+    for way, found in case["ways"].items():
+        line = (
+            f"{case['model']}, {case['sparsity']:.0%}, {way}: step {found['step'] * 1e3:.1f} ms, "
+            f"epoch {found['epoch']:.2f} s, peak {found['peak'] / MIB:.0f} MiB, held "
+            f"{found['bytes'] / MIB:.1f} MiB"
+        )
+        if found["nonzeros"]:
+            each = found["packed"] / found["nonzeros"]
+            line += f", packed layers {each:.2f} bytes a weight, {each / 18:.3f} of 18"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
