@@ -2,10 +2,14 @@
 
 python benchmarks/tables.py docs/performance.md docs/quality.md docs/methods.md
 
-A table stands between two comments. The first says what it shows, paths below benchmarks/:
+A table stands between two comments; one whose results are not there yet stays as it is. The first
+comment says what it shows, paths below benchmarks/:
 <!-- ratios FILE by KEY ... --> time of each peer / time of prunus, geometric means of the groups
 <!-- times FILE --> medians in milliseconds, a row per case
 <!-- accuracy FILE NETWORK --> mean, deviation and number of seeds, a column per sparsity
+<!-- steps FILE --> a training step and an epoch: dense, masked, packed; time and memory
+<!-- difference FILE MODEL EPOCHS --> packed and masked accuracy, the mean of packed minus masked
+over the same seeds and its 95% confidence interval
 <!-- rows FILE COLUMN ... --> these columns of every row
 <!-- results FILE ... of METHOD ... --> what quality/results/FILE.jsonl hold, a row for each method
 <!-- machine FILE --> machine, versions, commit and command of a results file
@@ -19,15 +23,20 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, stdev
 from typing import Any
 
 import harness
 
 HERE = Path(__file__).parent
 OURS = "prunus"
+MIB = 1 << 20
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t at 97.5% for 1, 2, ... degrees of freedom (Student 1908); beyond: the last."""
 BLOCK = re.compile(
-    r"(<!-- (ratios|times|accuracy|rows|results|machine) ([^>]*?) -->\n).*?(<!-- end -->)", re.S
+    r"(<!-- (ratios|times|accuracy|steps|difference|rows|results|machine) ([^>]*?) -->\n)"
+    r".*?(<!-- end -->)",
+    re.S,
 )
 MEASURED = (
     "gflops_on_nonzeros", "share_of_limit", "sparse_layers", "layers", "commit", "load", "layout",
@@ -50,17 +59,33 @@ def peers(found: list[dict[str, Any]]) -> list[str]:
     return [name for name in names if name != OURS]
 
 
+def kind(case: dict[str, Any]) -> str:
+    """What a layer is: "conv 3x3 64->64 at 56x56" is a "conv 3x3", "linear 768x768" a "linear"."""
+    words = case["layer"].split()
+    return " ".join(words[:2]) if words[0] == "conv" else words[0]
+
+
+def forms(seconds: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Medians, the best of a peer's forms: "torch dense" and "torch dense, channels last"."""
+    best: dict[str, float] = {}
+    for name, time in seconds.items():
+        peer = name.partition(",")[0]
+        best[peer] = min(time["median"], best.get(peer, time["median"]))
+    return best
+
+
 def ratios(file: str, *words: str) -> str:
-    """How many times longer each peer takes; above 1 prunus is faster."""
+    """How many times longer each peer's best form takes; above 1 prunus is faster."""
     keys, found = words[1:], cases(file)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for case in found:
-        groups.setdefault(tuple(case[key] for key in keys), []).append(case["seconds"])
-    names, lines = peers(found), []
+        group = tuple(kind(case) if key == "kind" else case[key] for key in keys)
+        groups.setdefault(group, []).append(forms(case["seconds"]))
+    names, lines = list(dict.fromkeys(n.partition(",")[0] for n in peers(found))), []
     for group in sorted(groups):
         cells = []
         for name in names:
-            both = [s[name]["median"] / s[OURS]["median"] for s in groups[group] if name in s]
+            both = [s[name] / s[OURS] for s in groups[group] if name in s]
             cells.append(f"{harness.geometric_mean(both):.2f}" if both else "–")
         lines.append([*(f"{value}" for value in group), *cells])
     return markdown([*keys, *names], lines)
@@ -114,13 +139,62 @@ def accuracy(file: str, network: str) -> str:
                 if row["method"] == name and row["sparsity"] in (sparsity, 0.0)
             ]
             last = points or last
-            cells.append(
-                f"{fmean(points):.2f} ± {pstdev(points):.2f} ({len(points)})" if points else "–"
-            )
+            cells.append(cell(points))
         means[name], order[name] = cells, fmean(last)
     names = sorted(means, key=lambda name: -order[name])
     header = ["method", *(f"{100 * sparsity:g}%" for sparsity in sparsities)]
     return markdown(header, [[f"`{name}`", *means[name]] for name in names])
+
+
+def steps(file: str) -> str:
+    """Milliseconds of a step, seconds of an epoch, MiB held and at the peak, a row per way."""
+    header = (
+        "model",
+        "sparsity",
+        "way",
+        "step ms",
+        "times faster",
+        "epoch s",
+        "held MiB",
+        "peak MiB",
+    )
+    lines = []
+    for case in cases(file):
+        dense = case["ways"]["dense"]
+        for way, found in case["ways"].items():
+            times = (f"{1000 * found['step']:.1f}", f"{dense['step'] / found['step']:.2f}")
+            sizes = (f"{found['bytes'] / MIB:.1f}", f"{found['peak'] / MIB:.0f}")
+            name = (case["model"], f"{case['sparsity']:g}", way)
+            lines.append([*name, *times, f"{found['epoch']:.2f}", *sizes])
+    return markdown(header, lines)
+
+
+def difference(file: str, model: str, epochs: str) -> str:
+    """Accuracy in percent, mean ± deviation (seeds); packed minus masked with its interval."""
+    runs: dict[tuple[str, float], dict[str, dict[int, float]]] = {}
+    for row in read(file):
+        if row["model"] == model and row["epochs"] == int(epochs):
+            ways = runs.setdefault((row["method"], row["sparsity"]), {"packed": {}, "masked": {}})
+            ways[row["way"]][row["seed"]] = 100 * row["accuracy"]
+    lines = []
+    for (name, sparsity), ways in sorted(runs.items(), key=lambda item: (item[0][1], item[0][0])):
+        packed, masked = ways["packed"], ways["masked"]
+        both = [packed[seed] - masked[seed] for seed in sorted(packed.keys() & masked.keys())]
+        cells = [cell(list(way.values())) for way in (packed, masked)]
+        lines.append([f"`{name}`", f"{100 * sparsity:g}%", *cells, interval(both)])
+    return markdown(("method", "sparsity", "packed", "masked", "packed − masked, 95%"), lines)
+
+
+def cell(points: list[float]) -> str:
+    return f"{fmean(points):.2f} ± {pstdev(points):.2f} ({len(points)})" if points else "–"
+
+
+def interval(points: list[float]) -> str:
+    """The mean and its confidence interval at 95%, by Student's t."""
+    if len(points) < 2:
+        return f"{points[0]:+.2f}" if points else "–"
+    half = T[min(len(points), 1 + len(T)) - 2] * stdev(points) / len(points) ** 0.5
+    return f"{fmean(points):+.2f} ({fmean(points) - half:+.2f} to {fmean(points) + half:+.2f})"
 
 
 def rows(file: str, *columns: str) -> str:
@@ -226,6 +300,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "ratios": ratios,
     "times": times,
     "accuracy": accuracy,
+    "steps": steps,
+    "difference": difference,
     "rows": rows,
     "results": results,
     "machine": machine,
@@ -237,6 +313,8 @@ def refreshed(text: str) -> str:
 
     def build(match: re.Match[str]) -> str:
         start, kind, words, end = match.groups()
+        if not (HERE / words.split()[0]).exists():  # not measured yet
+            return match.group()
         return f"{start}\n{TABLES[kind](*words.split())}\n{end}"
 
     return BLOCK.sub(build, text)

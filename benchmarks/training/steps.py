@@ -2,13 +2,17 @@
 
 Each run is a process of its own, so that its peak resident memory is its own; the ways of a model
 take turns, and the fastest round counts. `held`: bytes of parameters, gradients, optimizer state
-and index. Masked and packed train with RigL and AdamW at the same sparsity from the same places.
+and index; `peak`: of resident memory during the steps, above that before the model was made. Masked
+and packed train with RigL (moving every 100 steps, once in an epoch) and AdamW at the same sparsity
+from the same places; every step sees another batch.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
+import itertools
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -27,7 +31,6 @@ from prunus.training import SparseWeight
 
 MODELS = ("mlp", "cnn", "transformer")
 WAYS = ("dense", "masked", "packed")
-EVERY = 10
 MIB = 1 << 20
 
 
@@ -79,32 +82,46 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     return {"bytes": total, "packed": packed, "nonzeros": sum(m.nonzeros for m in layers)}
 
 
-def child(name: str, way: str, sparsity: float, steps: int) -> dict[str, Any]:
+def fresh_peak() -> int:
+    """Let the peak of resident memory start anew (Linux); bytes that are resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """Peak of resident memory in bytes since `fresh_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+
+
+def child(name: str, way: str, sparsity: float, steps: int, every: int) -> dict[str, Any]:
     """Train and measure in this process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = fresh_peak()
     model, x, y = make(name)
+    classes = int(y.max()) + 1
     if way == "packed":
         pr.sparse_training(model, sparsity)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     keep: Any = None
     if way == "packed":
-        keep = pr.training.dynamic(model, optimizer, 4 * steps, every=EVERY)
+        keep = pr.training.dynamic(model, optimizer, 4 * steps, every=every)
     elif way == "masked":
-        keep = pr.attach(pr.methods.rigl(sparsity, 4 * steps, every=EVERY), model, optimizer)
-    seconds = []
+        keep = pr.attach(pr.methods.rigl(sparsity, 4 * steps, every=every), model, optimizer)
+    built, seconds = fresh_peak(), []
     for _ in range(steps + 2):
+        x.normal_()
+        y.random_(classes)
         start = time.perf_counter()
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
     del keep
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "step": sorted(seconds[2:])[steps // 2],
         "epoch": sum(seconds[2:]),
-        "peak MiB": peak / 1024,
-        "peak MiB above start": (peak - before) / 1024,
+        "peak": peak() - before,
+        "built": built - before,
         **held(model, optimizer),
     }
 
@@ -135,29 +152,38 @@ def main() -> None:
     parser = harness.arguments(__doc__ or "")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.9, 0.95])
-    parser.add_argument("--steps", type=int, default=40, help="of an epoch")
+    parser.add_argument("--steps", type=int, default=100, help="of an epoch")
+    parser.add_argument("--every", type=int, default=100, help="steps between moves")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    cases = []
-    for name in options.models:
-        for sparsity in options.sparsities:
-            rounds = [
-                {way: fresh(options, name, way, sparsity, options.steps) for way in WAYS}
-                for _ in range(options.rounds)
-            ]
-            found = {way: min((r[way] for r in rounds), key=lambda c: c["step"]) for way in WAYS}
-            cases.append({"model": name, "sparsity": sparsity, "ways": found})
-            for way, case in found.items():
-                line = (
-                    f"{name}, {sparsity:.0%}, {way}: step {case['step'] * 1e3:.1f} ms, epoch "
-                    f"{case['epoch']:.2f} s, peak {case['peak MiB above start']:.0f} MiB above "
-                    f"start, held {case['bytes'] / MIB:.1f} MiB"
-                )
-                if case["nonzeros"]:
-                    each = case["packed"] / case["nonzeros"]
-                    line += f", packed layers {each:.2f} bytes a weight, {each / 18:.3f} of 18"
-                print(line, flush=True)
-    print("written:", harness.write(__file__, options, {"cases": cases}))
+    cases = harness.Cases(__file__, options)
+    for name, sparsity in itertools.product(options.models, options.sparsities):
+        key = {"model": name, "sparsity": sparsity, "steps": options.steps, "every": options.every}
+        report(cases.one(key, functools.partial(ways, name, sparsity, options)))
+    print("written:", cases.write())
+
+
+def ways(name: str, sparsity: float, options: argparse.Namespace) -> dict[str, Any]:
+    """The fastest round of every way."""
+    given = (sparsity, options.steps, options.every)
+    rounds = [
+        {way: fresh(options, name, way, *given) for way in WAYS} for _ in range(options.rounds)
+    ]
+    return {"ways": {way: min((r[way] for r in rounds), key=lambda c: c["step"]) for way in WAYS}}
+
+
+def report(case: dict[str, Any]) -> None:
+    """Print a line per way."""
+    for way, found in case["ways"].items():
+        line = (
+            f"{case['model']}, {case['sparsity']:.0%}, {way}: step {found['step'] * 1e3:.1f} ms, "
+            f"epoch {found['epoch']:.2f} s, peak {found['peak'] / MIB:.0f} MiB, held "
+            f"{found['bytes'] / MIB:.1f} MiB"
+        )
+        if found["nonzeros"]:
+            each = found["packed"] / found["nonzeros"]
+            line += f", packed layers {each:.2f} bytes a weight, {each / 18:.3f} of 18"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

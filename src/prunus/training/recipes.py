@@ -260,14 +260,16 @@ def deep_rewiring(
     """DeepR: a random walk of weights that cannot change their sign. See methods.deep_rewiring.
 
     lr: the optimizer's. Source: Bellec et al. 2018, arXiv 1711.05136, algorithm 1.
-    Differs: the sign of a place is a hash of seed and place, nothing is drawn for dormant places.
+    Differs: the sign of a place is a hash of seed and place, nothing is drawn for dormant places;
+    a weight that wakes up gets its first gradient one step later, and is judged with it.
     """
     heat = lr * l1**2 / 18 if temperature is None else temperature
     drift, noise = lr * l1, math.sqrt(2 * lr * heat)
 
     def plan(layers: Mapping[str, Stored], at: At) -> tuple[Moves, Mapping[str, float]]:
         given = {n: (s.values, s.places, s.free) for n, s in layers.items()}
-        done = walk(given, drift, noise, at.step, at.seed)
+        grads = {n: s.grad for n, s in layers.items()}
+        done = walk(given, grads, lr, drift, noise, at.step, at.seed)
         return {n: Move(drop, grow, values) for n, (values, drop, grow) in done.items()}, {}
 
     return Recipe("deep_rewiring", lambda t: 0 <= t < steps, plan, resizes=True)

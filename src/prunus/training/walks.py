@@ -23,6 +23,8 @@ def signs(places: Tensor, seed: int, name: str) -> Tensor:
 
 def walk(
     layers: Mapping[str, tuple[Tensor, Tensor, int]],
+    grads: Mapping[str, Tensor | None],
+    lr: float,
     drift: float,
     noise: float,
     step: int,
@@ -32,7 +34,8 @@ def walk(
 
     {name: (values, places, free)} -> {name: (new values, drop, grow)}. Dormant become those with
     theta < 0; as many of all free places, of all layers alike, wake up. Step 0 gives every weight
-    its sign and moves nothing.
+    its sign and moves nothing. A weight at 0 has just woken up and waits for its first gradient,
+    which the coming step applies: it stays if theta - lr sign grad does not fall below 0.
     """
     values, drops = {}, {}
     for name, (held, places, _) in layers.items():
@@ -42,8 +45,10 @@ def walk(
             continue
         normal = torch.randn(len(held), generator=rng.generator((seed, step, name, "noise")))
         theta = sign * held - drift + noise * normal.to(held)
-        drops[name] = theta < 0
-        values[name] = sign * theta.clamp(min=0)
+        fresh, grad = held == 0, grads[name]
+        ahead = theta if grad is None else theta - lr * sign * grad
+        drops[name] = torch.where(fresh, ahead, theta) < 0
+        values[name] = sign * theta.clamp(min=0).masked_fill(fresh, 0.0)
     free = torch.tensor([spare for _, _, spare in layers.values()])
     missing = min(sum(int(d.sum()) for d in drops.values()), int(free.sum()))
     drawn = distinct(int(free.sum()), missing, (seed, step, "wake"))

@@ -200,11 +200,12 @@ def test_deep_rewiring_never_changes_a_sign_and_wakes_as_many_as_fall_asleep():
     assert abs(float(sign.mean())) < 0.1
     assert torch.equal(sign[10:20], signs(places[10:20], 1, "a").double())
     held = sign * torch.rand(1000).double()
-    values, drop, grow = walk({"a": (held, places, 3000)}, 0.3, 0.0, 5, 1)["a"]
+    values, drop, grow = walk({"a": (held, places, 3000)}, {"a": None}, 0.1, 0.3, 0.0, 5, 1)["a"]
     assert torch.equal(drop, held.abs() < 0.3)
     assert grow == int(drop.sum())
     torch.testing.assert_close(values[~drop], (held - 0.3 * sign)[~drop])
-    both = walk({"a": (held, places, 1), "b": (held, places, 10**9)}, 0.3, 0.0, 5, 1)
+    none = {"a": None, "b": None}
+    both = walk({"a": (held, places, 1), "b": (held, places, 10**9)}, none, 0.1, 0.3, 0.0, 5, 1)
     assert both["a"][2] <= 1
     assert both["a"][2] + both["b"][2] == int(both["a"][1].sum() + both["b"][1].sum())
 
