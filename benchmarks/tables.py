@@ -313,7 +313,8 @@ def refreshed(text: str) -> str:
 
     def build(match: re.Match[str]) -> str:
         start, kind, words, end = match.groups()
-        if not (HERE / words.split()[0]).exists():  # not measured yet
+        file = words.split()[0]
+        if "/" in file and not (HERE / file).exists():  # not measured yet
             return match.group()
         return f"{start}\n{TABLES[kind](*words.split())}\n{end}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -11,6 +12,7 @@ ISA_VARIABLE = "PRUNUS_ISA"
 NATIVE_VARIABLE = "PRUNUS_NATIVE"
 
 
+@functools.cache
 def load() -> ModuleType | None:
     """`prunus._native`, or None with one RuntimeWarning (silent where PRUNUS_NATIVE=0)."""
     if os.environ.get(NATIVE_VARIABLE) == "0":
