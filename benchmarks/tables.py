@@ -56,7 +56,7 @@ def cases(file: str) -> list[dict[str, Any]]:
 def peers(found: list[dict[str, Any]]) -> list[str]:
     """All that was measured beside prunus, in the order of first appearance."""
     names = dict.fromkeys(name for case in found for name in case["seconds"])
-    return [name for name in names if name != OURS]
+    return [name for name in names if name != OURS and not name.startswith("read ")]  # rooflines
 
 
 def kind(case: dict[str, Any]) -> str:
