@@ -36,11 +36,11 @@ def points(channels: int, size: tuple[int, int]) -> Geometry:
 
 
 def depthwise(channels: int, size: tuple[int, int], stride: int = 1) -> Geometry:
-    return Geometry(1, channels, size, (3, 3), (stride,) * 2, (1, 1), (1, 1, 1, 1), channels)
+    return Geometry(1, channels, size, (3, 3), (stride, stride), (1, 1), (1, 1, 1, 1), channels)
 
 
 def full(channels: int, size: tuple[int, int], stride: int = 1) -> Geometry:
-    return Geometry(1, channels, size, (3, 3), (stride,) * 2, (1, 1), (1, 1, 1, 1))
+    return Geometry(1, channels, size, (3, 3), (stride, stride), (1, 1), (1, 1, 1, 1))
 
 
 def inverted(size: tuple[int, int]) -> list[Step]:
@@ -164,7 +164,7 @@ def test_values_that_are_needed_at_the_same_time_lie_apart(name):
     for number, step in enumerate(steps[:-1]):
         begin = laid.rows[number, 5]
         span = (begin, begin + step.rows * strides[number])
-        assert 0 <= begin
+        assert begin >= 0
         assert span[1] <= laid.floats
         assert strides[number] >= np.prod(step.geometry.out_size)
         for other, (low, high) in enumerate(spans):
