@@ -19,7 +19,7 @@ struct Units {
   Task task;
   KernelFunction kernel;
   GroupConv conv;
-  int64_t panel, count;
+  int64_t panel, count, floats;  // floats: of the workspace
   int parts;
 };
 
@@ -30,9 +30,7 @@ bool run_units(void* context, int index) {
   task.begin_panel = units.count * index / units.parts;
   task.end_panel = units.count * (index + 1) / units.parts;
   if (task.begin_panel >= task.end_panel) return true;
-  task.workspace =
-      workspace.at_least(std::max(group_workspace_floats(task.w, units.conv, units.panel),
-                                  units.conv.across.in + 16));
+  task.workspace = workspace.at_least(units.floats);
   if (task.workspace == nullptr) return false;
   units.kernel(task);
   return true;
@@ -48,13 +46,7 @@ bool is_depthwise(const Weight& w, const Conv& c) {
 }
 
 // One group of one image, with as many panels to a band as the caches hold; bands of equal size.
-GroupConv plan_groups(const Conv& whole, int64_t panel) {
-  GroupConv c{};
-  static_cast<Conv&>(c) = whole;
-  c.images = whole.batch;
-  c.all_groups = whole.groups;
-  c.batch = c.groups = 1;
-  c.channels = whole.channels / whole.groups;
+void plan_bands(GroupConv& c, int64_t panel) {
   c.panels = 1;
   fold_conv(c, panel);
   c.positions = conv_positions(c);
@@ -67,6 +59,15 @@ GroupConv plan_groups(const Conv& whole, int64_t panel) {
   const int64_t bands = (least + most - 1) / most;
   c.panels = (least + bands - 1) / bands;
   c.length = conv_length(c, panel);
+}
+
+GroupConv one_group(const Conv& whole) {
+  GroupConv c{};
+  static_cast<Conv&>(c) = whole;
+  c.images = whole.batch;
+  c.all_groups = whole.groups;
+  c.batch = c.groups = 1;
+  c.channels = whole.channels / whole.groups;
   return c;
 }
 
@@ -79,28 +80,31 @@ bool suits_groups(const Weight& w, const Conv& conv) {
 bool run_groups(const Call& call) {
   Units units{};
   units.panel = call.kernels->panel;
-  units.kernel = call.kernels->conv_groups_f32;
-  units.conv = plan_groups(call.conv, units.panel);
+  units.conv = one_group(call.conv);
   const GroupConv& c = units.conv;
   units.task.w = call.w;
   units.task.x = call.x;
   units.task.ldx = call.ldx;
   units.task.y = call.y;
   units.task.ldy = call.ldy;
-  units.task.n = c.positions;
   units.task.bias = call.bias;
   units.task.residual = call.residual;
   units.task.flags = call.flags;
-  const int64_t band = c.panels * units.panel;
   if (is_depthwise(call.w, call.conv)) {
     units.kernel = call.kernels->depthwise_f32;
     units.count = c.images * call.w.rows;
+    units.floats = c.across.in + 16;
   } else {
+    plan_bands(units.conv, units.panel);
+    units.kernel = call.kernels->conv_groups_f32;
+    const int64_t band = c.panels * units.panel;
     units.count = (c.positions + band - 1) / band * c.images * c.all_groups;
+    units.floats = group_workspace_floats(call.w, c, units.panel);
   }
+  units.task.n = c.positions;
   // Filling the panel costs about as much as four non-zeros a row.
   const double work = (static_cast<double>(call.w.nnz) + 4.0 * static_cast<double>(call.w.rows)) *
-                      static_cast<double>(c.positions) * static_cast<double>(c.images);
+                      static_cast<double>(conv_pixels(c)) * static_cast<double>(c.images);
   const double useful = std::min(work / static_cast<double>(grain()), double{kMaxParts});
   units.parts = std::max(1, std::min(call.threads, static_cast<int>(useful)));
   return run_parts(units.parts, run_units, &units);

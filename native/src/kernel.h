@@ -18,6 +18,9 @@ constexpr uint32_t kAccumulate = 1u << 16;
 // Row ranges given to a kernel start at multiples of this many rows.
 constexpr int64_t kRowGroup = 16;
 
+// Panels that one unit of a 1x1 convolution straight from the planes spans at most.
+constexpr int kPointPanels = 2;
+
 // A packed weight; see blob.h for the layout. In tiles, `offsets` are entries instead.
 struct Weight {
   int64_t rows, cols, nnz;
@@ -52,6 +55,7 @@ struct Task {
   const Vectors* vectors;  // of a product of groups; w holds the shape only
   float* workspace;  // 64-byte aligned, workspace_floats() long
   bool panel_in, panel_out;  // of a weight in tiles and one panel: x and y are panels themselves
+  bool padded_in, padded_out;  // of a convolution: planes of x and y have room for whole vectors
 };
 
 using KernelFunction = void (*)(const Task&);
@@ -122,6 +126,15 @@ static inline int64_t conv_columns_floats(const Weight& w, const Conv& c, int64_
 static inline int64_t conv_workspace_floats(const Weight& w, const Conv& c, int64_t panel) {
   return conv_panel_floats(c) + conv_tile_floats(panel) + conv_runs_floats(c, panel) +
          conv_columns_floats(w, c, panel);
+}
+
+// Whether an axis keeps its pixels as they are.
+static inline bool is_plain(const Axis& axis) {
+  return axis.kernel == 1 && axis.stride == 1 && axis.before == 0 && axis.in == axis.out;
+}
+// Whether a convolution multiplies pixels only: its planes may be read in place.
+static inline bool is_pointwise(const Weight& w, const Conv& c) {
+  return c.groups == 1 && w.blocks == 1 && is_plain(c.down) && is_plain(c.across);
 }
 
 // As for a convolution, but the tile holds the output's gradient of two panels.

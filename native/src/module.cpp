@@ -1,26 +1,22 @@
 // The Python module prunus._native: addresses in, nothing converted.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <array>
 #include <map>
 #include <string>
 #include <vector>
 
 #include "bitmap.h"
-#include "blob.h"
 #include "dispatch.h"
+#include "module.h"
 #include "module_attention.h"
-#include "run.h"
-#include "sddmm.h"
 
 namespace nb = nanobind;
 using namespace prunus;
 
-namespace {
+namespace prunus {
 
 [[noreturn]] void fail(const char* kind, const std::string& message) {
   const nb::object type = nb::module_::import_("prunus.errors").attr(kind);
@@ -31,13 +27,13 @@ namespace {
 [[noreturn]] void bad_value(const std::string& message) { fail("ValueRangeError", message); }
 
 // Null unless the blob is one of groups.
-const VectorHeader* vectors_at(uintptr_t address) {
+static const VectorHeader* vectors_at(uintptr_t address) {
   if (address == 0 || address % 8 != 0) return nullptr;
   const auto& header = *reinterpret_cast<const VectorHeader*>(address);
   return is_vectors(header) ? &header : nullptr;
 }
 
-const BlobHeader& checked_blob(uintptr_t address, bool tiles = false) {
+const BlobHeader& checked_blob(uintptr_t address, bool tiles) {
   if (address == 0 || address % 8 != 0)
     bad_value("the blob's address is null or not 8-byte aligned");
   const auto& header = *reinterpret_cast<const BlobHeader*>(address);
@@ -53,7 +49,7 @@ void check_floats(const char* name, uintptr_t address, bool needed) {
 }
 
 // All of a call but its weight.
-Call checked_options(uint64_t rows, uint64_t cols, uintptr_t x, uintptr_t y, int64_t n,
+static Call checked_options(uint64_t rows, uint64_t cols, uintptr_t x, uintptr_t y, int64_t n,
                      uintptr_t bias, uintptr_t residual, uint32_t flags, int threads, int isa) {
   Call call{};
   if (n < 0 || n > INT32_MAX || threads < 1)
@@ -101,6 +97,40 @@ void execute(const Call& call) {
   }
   if (!ok) throw std::bad_alloc();
 }
+
+SampledCall checked_sampled(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t n,
+                            bool accumulate, int threads, int isa) {
+  checked_blob(blob);
+  SampledCall call{};
+  call.pattern = open_blob(reinterpret_cast<const void*>(blob));
+  if (n < 0 || n > INT32_MAX || threads < 1)
+    bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
+  if (isa >= all_count()) bad_value("no such instruction set; see available_isas()");
+  check_floats("x", x, n > 0 && call.pattern.nnz > 0);
+  check_floats("g", g, n > 0 && call.pattern.nnz > 0);
+  check_floats("out", out, call.pattern.nnz > 0);
+  call.x = reinterpret_cast<const float*>(x);
+  call.g = reinterpret_cast<const float*>(g);
+  call.n = n;
+  call.out = reinterpret_cast<float*>(out);
+  call.accumulate = accumulate;
+  call.threads = threads;
+  call.kernels = &kernels_at(isa < 0 ? active_index() : isa);
+  return call;
+}
+
+void execute(const SampledCall& call) {
+  bool ok;
+  {
+    nb::gil_scoped_release release;
+    ok = run_sampled(call);
+  }
+  if (!ok) throw std::bad_alloc();
+}
+
+}  // namespace prunus
+
+namespace {
 
 void bitmap_ptr(uintptr_t blob, const Call& call) {
   bool ok;
@@ -173,78 +203,6 @@ void chain_ptr(const std::vector<uintptr_t>& blobs, const std::vector<uintptr_t>
   if (!ok) throw std::bad_alloc();
 }
 
-// batch, channels, groups; then for the vertical and the horizontal axis: input size, output size,
-// kernel, stride, dilation, zeros before.
-using Geometry = std::array<int64_t, 15>;
-constexpr int64_t kMostSize = int64_t{1} << 29;
-
-Conv checked_conv(const Geometry& g, const Weight& w) {
-  for (size_t i = 0; i < g.size(); ++i) {
-    const bool counted = i == 2 || (i > 4 && i < 8) || (i > 10 && i < 14);  // at least one
-    if (g[i] < (counted ? 1 : 0) || g[i] > kMostSize)
-      bad_value("number " + std::to_string(i) + " of the geometry is out of range");
-  }
-  if ((g[5] - 1) * g[7] > kMostSize || (g[11] - 1) * g[13] > kMostSize)
-    bad_value("the kernel reaches too far; kernel size times dilation must stay below 2^29");
-  Conv c{};
-  c.batch = g[0];
-  c.channels = g[1];
-  c.groups = g[2];
-  c.down = {g[3], g[4], g[5], g[6], g[7], g[8], false, 0, 0, 0, 0};
-  c.across = {g[9], g[10], g[11], g[12], g[13], g[14], false, 0, 0, 0, 0};
-  if (c.channels % c.groups != 0 || w.rows % c.groups != 0)
-    bad_value("channels and rows must be multiples of the groups");
-  if (static_cast<double>(c.channels / c.groups) * c.down.kernel * c.across.kernel != w.cols)
-    fail("ShapeError", "the blob's columns are not channels / groups * kernel height * width");
-  return c;
-}
-
-void conv_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, const Geometry& geometry, uintptr_t bias,
-              uint32_t flags, int threads, int isa, uintptr_t residual) {
-  checked_blob(blob);  // groups have no convolution
-  Call call = checked_call(blob, x, y, geometry[0], bias, residual, flags, threads, isa);
-  call.layout = Layout::conv;
-  call.conv = checked_conv(geometry, call.w);
-  const int64_t pixels = conv_pixels(call.conv);
-  if (pixels == 0 || call.conv.batch == 0) return;
-  if (!plan_conv(call.conv, call.kernels->panel))
-    bad_value("the kernel reaches too far for its workspace, or there are 2^31 pixels or more");
-  call.ldx = call.conv.down.in * call.conv.across.in;
-  call.ldy = pixels;
-  call.n = call.conv.positions;
-  execute(call);
-}
-
-SampledCall checked_sampled(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t n,
-                            bool accumulate, int threads, int isa) {
-  checked_blob(blob);
-  SampledCall call{};
-  call.pattern = open_blob(reinterpret_cast<const void*>(blob));
-  if (n < 0 || n > INT32_MAX || threads < 1)
-    bad_value("n must lie within 0 and 2^31 - 1, threads must be at least 1");
-  if (isa >= all_count()) bad_value("no such instruction set; see available_isas()");
-  check_floats("x", x, n > 0 && call.pattern.nnz > 0);
-  check_floats("g", g, n > 0 && call.pattern.nnz > 0);
-  check_floats("out", out, call.pattern.nnz > 0);
-  call.x = reinterpret_cast<const float*>(x);
-  call.g = reinterpret_cast<const float*>(g);
-  call.n = n;
-  call.out = reinterpret_cast<float*>(out);
-  call.accumulate = accumulate;
-  call.threads = threads;
-  call.kernels = &kernels_at(isa < 0 ? active_index() : isa);
-  return call;
-}
-
-void execute(const SampledCall& call) {
-  bool ok;
-  {
-    nb::gil_scoped_release release;
-    ok = run_sampled(call);
-  }
-  if (!ok) throw std::bad_alloc();
-}
-
 // out[nnz] (+)= G^T X at the non-zeros of the blob; rows of x and g lie ldx and ldg floats apart.
 void sddmm_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t n, bool tokens,
                bool accumulate, int threads, int64_t ldx, int64_t ldg, int isa) {
@@ -254,25 +212,6 @@ void sddmm_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t 
   call.tokens = tokens;
   call.ldx = ldx;
   call.ldg = ldg;
-  execute(call);
-}
-
-// out[nnz] = the gradient to the non-zeros of a convolution's weight, from its input and the
-// gradient to its output.
-void conv_grad_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out,
-                   const Geometry& geometry, int threads, int isa) {
-  SampledCall call = checked_sampled(blob, x, g, out, geometry[0], false, threads, isa);
-  Conv conv = checked_conv(geometry, call.pattern);
-  const int64_t pixels = conv_pixels(conv);
-  call.n = 0;
-  if (pixels > 0 && conv.batch > 0) {
-    if (!plan_conv(conv, call.kernels->panel))
-      bad_value("the kernel reaches too far for its workspace, or there are 2^31 pixels or more");
-    call.n = conv.positions;
-  }
-  call.conv = &conv;
-  call.ldx = conv.down.in * conv.across.in;
-  call.ldg = pixels;
   execute(call);
 }
 
@@ -359,14 +298,10 @@ NB_MODULE(_native, m) {
   m.def("planes_ptr", &planes_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("y_ptr"),
         nb::arg("n"), nb::arg("bias_ptr"), nb::arg("flags"), nb::arg("threads"), nb::arg("ldx"),
         nb::arg("ldy"), nb::arg("isa") = -1, nb::arg("residual_ptr") = 0);
-  m.def("conv_ptr", &conv_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("y_ptr"),
-        nb::arg("geometry"), nb::arg("bias_ptr") = 0, nb::arg("flags") = 0, nb::arg("threads") = 1,
-        nb::arg("isa") = -1, nb::arg("residual_ptr") = 0);
   m.def("sddmm_ptr", &sddmm_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("g_ptr"),
         nb::arg("out_ptr"), nb::arg("n"), nb::arg("tokens"), nb::arg("accumulate"),
         nb::arg("threads"), nb::arg("ldx"), nb::arg("ldg"), nb::arg("isa") = -1);
-  m.def("conv_grad_ptr", &conv_grad_ptr, nb::arg("blob_ptr"), nb::arg("x_ptr"), nb::arg("g_ptr"),
-        nb::arg("out_ptr"), nb::arg("geometry"), nb::arg("threads") = 1, nb::arg("isa") = -1);
+  bind_convolutions(m);
   m.def("turn_ptr", &turn_ptr, nb::arg("blob_ptr"), nb::arg("area"), nb::arg("groups"),
         nb::arg("offsets_ptr"), nb::arg("columns_ptr") = 0, nb::arg("values_ptr") = 0);
   bind_attention(m);

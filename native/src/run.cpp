@@ -44,6 +44,7 @@ struct Plan {
   Task task;  // without its share and workspace
   KernelFunction kernel;
   int64_t panel, panels, work;  // columns per panel, panels, work of one panel
+  int64_t floats;  // of the workspace
   int parts;
 
   // The position where share `index` begins: work is panels * work, cut into equal pieces.
@@ -73,15 +74,28 @@ bool run_share(void* context, int index) {
   Task task = plan.task;
   plan.position(index, &task.begin_panel, &task.begin_row);
   plan.position(index + 1, &task.end_panel, &task.end_row);
-  if (plan.panel > 1) {
-    const Conv* conv = task.conv;
-    task.workspace = workspace.at_least(
-        conv != nullptr ? conv_workspace_floats(task.w, *conv, plan.panel / conv->panels)
-                        : workspace_floats(task.w, plan.panel));
+  if (plan.floats > 0) {
+    task.workspace = workspace.at_least(plan.floats);
     if (task.workspace == nullptr) return false;
   }
   plan.kernel(task);
   return true;
+}
+
+// Runs of pixels of one image instead of panels, and no workspace.
+void plan_points(const Call& call, Plan& plan) {
+  const int64_t pixels = conv_pixels(call.conv);
+  plan.task.conv = &call.conv;
+  plan.task.n = pixels;
+  plan.kernel = call.kernels->pointwise_f32;
+  plan.panel = call.kernels->panel * kPointPanels;
+  plan.panels = (pixels + plan.panel - 1) / plan.panel * call.conv.batch;
+}
+
+int64_t floats_of(const Call& call, int64_t panel) {
+  if (panel == 1) return 0;
+  if (call.layout != Layout::conv) return workspace_floats(call.w, panel);
+  return conv_workspace_floats(call.w, call.conv, panel / call.conv.panels);
 }
 
 // Outputs from here on often come fresh from the system: glibc keeps nothing over 32 MiB.
@@ -168,8 +182,13 @@ bool run(const Call& call) {
   plan.task.bias = call.bias;
   plan.task.residual = call.residual;
   plan.task.flags = call.flags;
+  plan.task.padded_in = call.padded_in;
+  plan.task.padded_out = call.padded_out;
   const bool tokens = call.layout == Layout::tokens;
-  if (call.layout == Layout::conv) {
+  const bool points = call.layout == Layout::conv && is_pointwise(w, call.conv);
+  if (points) {
+    plan_points(call, plan);
+  } else if (call.layout == Layout::conv) {
     plan.task.conv = &call.conv;
     plan.kernel = call.kernels->conv_f32;
     plan.panel = call.kernels->panel * call.conv.panels;
@@ -184,7 +203,10 @@ bool run(const Call& call) {
     plan.kernel = tokens ? call.kernels->spmm_tokens_f32 : call.kernels->spmm_planes_f32;
     plan.panel = call.kernels->panel;
   }
-  plan.panels = (call.n + plan.panel - 1) / plan.panel;
+  if (!points) {
+    plan.panels = (call.n + plan.panel - 1) / plan.panel;
+    plan.floats = floats_of(call, plan.panel);
+  }
   plan.work = work_before(w, w.rows);
   const double work = static_cast<double>(plan.work) * static_cast<double>(call.n);
   // A matrix-vector product spends about four times as long on each non-zero and column.

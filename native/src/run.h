@@ -21,6 +21,7 @@ struct Call {
   const Kernels* kernels;
   Vectors vectors;  // of run_vectors, instead of w
   Conv conv;  // finished; n is its number of positions
+  bool padded_in, padded_out;  // planes of x and y have room for whole vectors of 16
 };
 
 // Chooses between folded and unrolled axes for panels of this size; returns the cost of a channel.

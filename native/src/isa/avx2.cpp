@@ -104,6 +104,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/bytes-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
+#include "kernels/pointwise-inl.h"
 #include "kernels/groups-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"

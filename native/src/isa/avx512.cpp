@@ -147,6 +147,7 @@ inline Vec sum_lanes(Vec (&b)[kLanes]) {
 #endif
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
+#include "kernels/pointwise-inl.h"
 #include "kernels/groups-inl.h"
 #include "kernels/dot-x86-inl.h"
 #include "kernels/spmv-inl.h"

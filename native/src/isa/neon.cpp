@@ -135,6 +135,7 @@ inline float total(const Partial& p) {
 #include "kernels/bytes-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
+#include "kernels/pointwise-inl.h"
 #include "kernels/groups-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"

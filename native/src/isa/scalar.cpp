@@ -147,6 +147,7 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #endif
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
+#include "kernels/pointwise-inl.h"
 #include "kernels/groups-inl.h"
 #include "kernels/spmv-inl.h"
 #include "kernels/sddmm-inl.h"

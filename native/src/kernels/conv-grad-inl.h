@@ -27,7 +27,7 @@ inline void grad_rows(const Task& task, const Shifted& source, const Cuts& cuts,
                       int64_t begin, int64_t end, float* tile, Run* runs) {
   const Weight& w = task.w;
   const int64_t count = smaller(V * kLanes, task.n - first);
-  const Run* last = list_outputs(*task.conv, w.rows, first, count, runs);
+  const Run* last = list_outputs(*task.conv, w.rows * task.ldg, first, count, runs);
   fill_gradient<V>(task, runs, last, begin, end, tile);
   const int64_t passes = cuts.places ? cuts.chunks : w.blocks;
   for (int64_t pass = 0; pass < passes; ++pass) {

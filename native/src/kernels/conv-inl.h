@@ -32,13 +32,16 @@ struct Shifted {
 // The offset of each column (channel, k down, k across), channels counted within a group.
 inline void fill_offsets(const Conv& c, int32_t* offsets) {
   const Axis &down = c.down, &across = c.across;
-  for (int64_t channel = 0; channel < c.channels / c.groups; ++channel)
-    for (int64_t i = 0; i < down.kernel; ++i)
-      for (int64_t j = 0; j < across.kernel; ++j) {
-        const int64_t copy = i % down.period * across.copies + j % across.period;
-        const int64_t shift = shift_of(down, i) * across.extent + shift_of(across, j);
-        *offsets++ = static_cast<int32_t>((channel * conv_copies(c) + copy) * c.length + shift);
-      }
+  const int64_t area = down.kernel * across.kernel, cols = c.channels / c.groups * area;
+  int32_t* at = offsets;
+  for (int64_t i = 0; i < down.kernel && cols > 0; ++i)
+    for (int64_t j = 0; j < across.kernel; ++j) {
+      const int64_t copy = i % down.period * across.copies + j % across.period;
+      const int64_t shift = shift_of(down, i) * across.extent + shift_of(across, j);
+      *at++ = static_cast<int32_t>(copy * c.length + shift);
+    }
+  const auto channel = static_cast<int32_t>(conv_copies(c) * c.length);
+  for (int64_t k = area; k < cols; ++k) offsets[k] = offsets[k - area] + channel;
 }
 
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
@@ -56,8 +59,9 @@ inline Run* append(Run* begin, Run* end, int64_t from, int64_t at, int64_t count
   return end + 1;
 }
 
-// The runs that fill `count` places, from position `first` on, of every copy of a channel.
-inline Run* list_inputs(const Conv& c, int64_t first, int64_t count, Run* runs) {
+// The runs that fill `count` places, from position `first` on, of every copy of a channel; `plane`:
+// floats from one channel to the next.
+inline Run* list_inputs(const Conv& c, int64_t plane, int64_t first, int64_t count, Run* runs) {
   const Axis &down = c.down, &across = c.across;
   Run* end = runs;
   for (int64_t m = 0; m < conv_copies(c); ++m) {
@@ -74,8 +78,7 @@ inline Run* list_inputs(const Conv& c, int64_t first, int64_t count, Run* runs) 
       const int64_t begin = inside ? clamp(low, t, stop) : stop;
       const int64_t until = clamp(high, begin, stop);
       const int64_t at = m * c.length + done - t;
-      const int64_t from = (image * c.channels * down.in + row) * across.in +
-                           begin * across.stride - left;
+      const int64_t from = image * c.channels * plane + row * across.in + begin * across.stride - left;
       end = append(runs, end, -1, at + t, begin - t);
       end = append(runs, end, from, at + begin, until - begin);
       end = append(runs, end, -1, at + until, stop - until);
@@ -85,8 +88,9 @@ inline Run* list_inputs(const Conv& c, int64_t first, int64_t count, Run* runs) 
   return end;
 }
 
-// The runs that take `count` places of a tile, from position `first` on, to their pixels.
-inline Run* list_outputs(const Conv& c, int64_t rows, int64_t first, int64_t count, Run* runs) {
+// The runs that take `count` places of a tile, from position `first` on, to their pixels; `floats`:
+// from one image to the next.
+inline Run* list_outputs(const Conv& c, int64_t floats, int64_t first, int64_t count, Run* runs) {
   const Axis &down = c.down, &across = c.across;
   Run* end = runs;
   for (int64_t done = 0; done < count;) {
@@ -94,7 +98,7 @@ inline Run* list_outputs(const Conv& c, int64_t rows, int64_t first, int64_t cou
     const int64_t image = line / down.extent, row = line % down.extent;
     const int64_t stop = smaller(across.extent, t + count - done);
     if (row < down.out && t < across.out)
-      end = append(runs, end, (image * rows * down.out + row) * across.out + t, done,
+      end = append(runs, end, image * floats + row * across.out + t, done,
                    smaller(stop, across.out) - t);
     done += stop - t;
   }
@@ -241,7 +245,7 @@ template <int V>
 inline void conv_rows(const Task& task, const Shifted& source, const Cuts& cuts, int64_t first,
                       int64_t begin, int64_t end, float* tile, Run* runs) {
   const int64_t count = smaller(V * kLanes, task.n - first);
-  const Run* last = list_outputs(*task.conv, task.w.rows, first, count, runs);
+  const Run* last = list_outputs(*task.conv, task.w.rows * task.ldy, first, count, runs);
   if (task.residual) fetch_residual(task, runs, last, begin, end);
   conv_multiply<V>(task.w, source, cuts, begin, end, tile);
   scatter_pixels<V>(task, runs, last, begin, end, tile);
@@ -254,7 +258,7 @@ inline Run* fill_panel(const Task& task, int64_t first, int64_t count, int64_t f
   const Conv& c = *task.conv;
   const int64_t group_channels = c.channels / c.groups, stride = conv_copies(c) * c.length;
   const int64_t reach = c.down.shift * c.across.extent + c.across.shift;
-  Run* end = list_inputs(c, first, count + reach, inputs);
+  Run* end = list_inputs(c, task.ldx, first, count + reach, inputs);
   const int64_t until = (last_group + 1) * group_channels;
   for (int64_t i = first_group * group_channels; i < until; ++i) {
     if (c.far && i + kAhead < until)

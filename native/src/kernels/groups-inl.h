@@ -104,8 +104,8 @@ void conv_groups(const Task& task) {
       listed = unit / each;
       const int64_t first = listed * band, exact = smaller(band, task.n - first);
       count = (exact + kPanel - 1) / kPanel * kPanel;
-      inputs_end = outputs = list_inputs(c, first, count + reach, inputs);
-      outputs_end = list_outputs(c, w.rows, first, exact, outputs);
+      inputs_end = outputs = list_inputs(c, task.ldx, first, count + reach, inputs);
+      outputs_end = list_outputs(c, 0, first, exact, outputs);
     }
     const float* x = task.x + (image * c.all_groups + group) * c.channels * task.ldx;
     for (int64_t i = 0; i < c.channels; ++i)

@@ -5,6 +5,7 @@ void spmm_planes_f32(const Task& task) { spmm<Planes>(task); }
 void spmv_f32(const Task& task) { spmv(task); }
 void conv_f32(const Task& task) { conv(task); }
 void depthwise_f32(const Task& task) { depthwise(task); }
+void pointwise_f32(const Task& task) { pointwise(task); }
 void conv_groups_f32(const Task& task) { conv_groups(task); }
 void conv_grad_f32(const Task& task) { conv_grad(task); }
 void attention_f32(const Task& task) { attention(task); }

@@ -23,6 +23,7 @@ from prunus.kernels.face import (
 from prunus.kernels.geometry import Geometry, conv_block
 from prunus.kernels.grouping import Grouping, grouping
 from prunus.kernels.kinds import info, unpack, validate
+from prunus.kernels.network import INPUT, Arrangement, Step, arrange, network, network_ptr
 from prunus.kernels.transformer import (
     ADDED,
     ALLOWED,
@@ -39,13 +40,17 @@ __all__ = [
     "ADDED",
     "ALLOWED",
     "FALLBACK",
+    "INPUT",
     "KINDS",
     "NO_MASK",
+    "Arrangement",
     "BlobInfo",
     "Geometry",
     "Grouping",
+    "Step",
     "active_isa",
     "addresses",
+    "arrange",
     "attention",
     "attention_ptr",
     "available_isas",
@@ -61,6 +66,8 @@ __all__ = [
     "linear",
     "linear_ptr",
     "matmul_planes",
+    "network",
+    "network_ptr",
     "pack",
     "pack_vectors",
     "planes_ptr",

@@ -69,7 +69,8 @@ class Plan:
     innermost, else ""; `dtype` is "bfloat16" if all that is dense computes in it, else "float32";
     `merged` names layers that read the same input and became one, `chained` those that follow each
     other and became one, `attentions` modules whose attention and `norms` layer normalisations that
-    run through the kernels.
+    run through the kernels, `networks` modules of nothing but packed convolutions, which run by one
+    call.
     """
 
     rows: tuple[Row, ...]
@@ -85,6 +86,7 @@ class Plan:
     chained: tuple[tuple[str, ...], ...] = ()
     attentions: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
 
     @property
     def speedup(self) -> float | None:
@@ -123,6 +125,7 @@ class Plan:
         plain["merged"] = [list(names) for names in self.merged]
         plain["chained"] = [list(names) for names in self.chained]
         plain |= {"attentions": list(self.attentions), "norms": list(self.norms)}
+        plain["networks"] = list(self.networks)
         plain["speedup"] = self.speedup
         return plain
 
@@ -152,6 +155,7 @@ class Plan:
         words += [f"{len(self.chained)} chains"] if self.chained else []
         words += [f"{len(self.attentions)} attentions"] if self.attentions else []
         words += [f"{len(self.norms)} layer norms"] if self.norms else []
+        words += [f"{len(self.networks)} networks"] if self.networks else []
         return words + (merged if self.merged else [])
 
 
