@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as globals_of_modules
 
 from prunus import kernels
-from prunus.errors import PrunusError
+from prunus.errors import PrunusError, ShapeError
 from prunus.kernels import INPUT, Step
 from prunus.runtime.forward import Forward, state_of
 from prunus.runtime.modules import SparseConv2d
@@ -191,6 +191,8 @@ class _Held:
     def _steps(self, shape: tuple[int, int, int]) -> list[Step]:
         shapes, steps = {INPUT: shape}, []
         for number, (link, layer) in enumerate(zip(self.links, self.layers, strict=True)):
+            if shapes[link.source][0] != layer.in_channels:
+                raise ShapeError(f"{link.path} gets {shapes[link.source][0]} channels")
             (top, bottom), (left, right) = layer._margins()
             geometry = kept_geometry(
                 (1, *shapes[link.source]),
