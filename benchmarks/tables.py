@@ -288,7 +288,8 @@ def machine(file: str) -> str:
     named = ", ".join(f"{k} {v}" for k, v in versions.items() if v != "not installed")
     cases = content.get("cases", [])
     commits = dict.fromkeys(case["commit"] for case in cases if "commit" in case)
-    commit = ", ".join(commits or [content["commit"]])
+    names = list(commits) or [content["commit"]]
+    commit = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     return (
         f"`{content['command']}`, {content['date']}, commit {commit}, "
         f"{host['processor']}, {host['cores']} cores ({host['kernels']}), "
