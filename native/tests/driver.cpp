@@ -13,63 +13,13 @@
 #include "run.h"
 #include "sddmm.h"
 #include "tests/bitmap_cases.h"
+#include "tests/blobs.h"
 #include "vectors_driver.h"
 
 using namespace prunus;
+using namespace driver;
 
 namespace {
-
-std::mt19937 rng(20240607);
-
-double uniform() { return std::uniform_real_distribution<double>(-1.0, 1.0)(rng); }
-
-std::unique_ptr<float[]> noise(size_t count) {
-  std::unique_ptr<float[]> data(new float[count]);
-  for (size_t i = 0; i < count; ++i) data[i] = static_cast<float>(uniform());
-  return data;
-}
-
-struct Blob {
-  std::vector<uint64_t> words;  // 8-byte aligned bytes
-  char* bytes() { return reinterpret_cast<char*>(words.data()); }
-};
-
-// An empty blob of this shape; sections follow each other, 8-byte aligned.
-Blob new_blob(int64_t rows, int64_t cols, int64_t nnz, uint32_t block) {
-  BlobHeader h{{'P', 'R', 'B', 'K'}, kBlobVersion, kCsrF32, 0, 0, 0, block, 1, 64, 0, 0};
-  h.rows = rows;
-  h.cols = cols;
-  h.nnz = nnz;
-  if (cols > block) h.blocks = static_cast<uint32_t>((cols + block - 1) / block);
-  h.columns_at = (64 + 4 * (h.blocks * rows + 1) + 7) / 8 * 8;
-  h.values_at = (h.columns_at + 2 * nnz + 7) / 8 * 8;
-  Blob blob;
-  blob.words.resize((h.values_at + 4 * nnz + 7) / 8);
-  std::memcpy(blob.bytes(), &h, sizeof h);
-  return blob;
-}
-
-Blob pack(const std::vector<float>& dense, int64_t rows, int64_t cols, uint32_t block) {
-  int64_t nnz = 0;
-  for (float value : dense) nnz += value != 0.0f;
-  Blob blob = new_blob(rows, cols, nnz, block);
-  const Weight w = open_blob(blob.bytes());
-  auto* offsets = const_cast<uint32_t*>(w.offsets);
-  auto* columns = const_cast<uint16_t*>(w.columns);
-  auto* values = const_cast<float*>(w.values);
-  uint32_t at = 0;
-  for (int64_t b = 0; b < w.blocks; ++b)
-    for (int64_t r = 0; r < rows; ++r) {
-      offsets[b * rows + r] = at;
-      for (int64_t c = b * block; c < cols && c < (b + 1) * block; ++c)
-        if (dense[r * cols + c] != 0.0f) {
-          columns[at] = static_cast<uint16_t>(c - b * block);
-          values[at++] = dense[r * cols + c];
-        }
-    }
-  offsets[w.blocks * rows] = at;
-  return blob;
-}
 
 // The same weight in tiles, its blocks kept.
 Blob tiled(Blob& from) {
@@ -341,6 +291,8 @@ int group_cases(int* done);  // driver_groups.cpp
 
 int attention_cases(int* done);  // driver_attention.cpp
 
+int net_cases(int* done);  // driver_net.cpp
+
 int main() {
   set_grain(1);
   const int64_t sizes[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 53, 63, 64, 65, 97, 131};
@@ -372,6 +324,7 @@ int main() {
   failed += group_cases(&done);
   failed += vector_cases(&done);
   failed += attention_cases(&done);
+  failed += net_cases(&done);
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);
   return failed != 0;
 }
