@@ -98,7 +98,8 @@ def times(file: str) -> str:
         k for k, v in found[0].items() if k not in MEASURED and isinstance(v, int | float | str)
     ]
     lines = []
-    for case in found:
+    first = list(dict.fromkeys(case[keys[0]] for case in found))
+    for case in sorted(found, key=lambda c: (first.index(c[keys[0]]), *(c[k] for k in keys[1:]))):
         medians = {name: 1000 * case["seconds"][name]["median"] for name in case["seconds"]}
         best = min(medians.values())
         cells = [
