@@ -65,27 +65,33 @@ def kind(case: dict[str, Any]) -> str:
     return " ".join(words[:2]) if words[0] == "conv" else words[0]
 
 
-def forms(seconds: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Medians, the best of a peer's forms: "torch dense" and "torch dense, channels last"."""
+def gains(case: dict[str, Any]) -> dict[str, float]:
+    """{peer: its best form's time over prunus'}, as "torch dense" and "torch dense, channels last".
+
+    The median of the turns' ratios where a case has them, else the ratio of medians.
+    """
     best: dict[str, float] = {}
-    for name, time in seconds.items():
-        peer = name.partition(",")[0]
-        best[peer] = min(time["median"], best.get(peer, time["median"]))
+    for name, time in case["seconds"].items():
+        ratio = time["median"] / case["seconds"][OURS]["median"]
+        if name != OURS:
+            ratio = case.get("speedup", {}).get(name, {}).get("median", ratio)
+            peer = name.partition(",")[0]
+            best[peer] = min(ratio, best.get(peer, ratio))
     return best
 
 
 def ratios(file: str, *words: str) -> str:
     """How many times longer each peer's best form takes; above 1 prunus is faster."""
     keys, found = words[1:], cases(file)
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[dict[str, float]]] = {}
     for case in found:
         group = tuple(kind(case) if key == "kind" else case[key] for key in keys)
-        groups.setdefault(group, []).append(forms(case["seconds"]))
+        groups.setdefault(group, []).append(gains(case))
     names, lines = list(dict.fromkeys(n.partition(",")[0] for n in peers(found))), []
     for group in sorted(groups):
         cells = []
         for name in names:
-            both = [s[name] / s[OURS] for s in groups[group] if name in s]
+            both = [case[name] for case in groups[group] if name in case]
             cells.append(f"{harness.geometric_mean(both):.2f}" if both else "–")
         lines.append([*(f"{value}" for value in group), *cells])
     return markdown([*keys, *names], lines)

@@ -19,16 +19,7 @@ SHAPES = list(itertools.product([0, 1, 15, 16, 17, 53], [0, 1, 3, 4, 5, 64, 97])
 COLUMNS = (0, 1, 2, 3, 4, 5, 8, 11, 12, 13, 25, 37)
 
 
-@pytest.fixture(autouse=True)
-def _split_small_work():
-    if ISAS[0] == kernels.FALLBACK:
-        yield
-        return
-    native = pytest.importorskip("prunus._native")
-    grain = native.grain()
-    native.set_grain(1)
-    yield
-    native.set_grain(grain)
+pytestmark = pytest.mark.usefixtures("split_small_work")
 
 
 def sparse(rng, m, k, sparsity):

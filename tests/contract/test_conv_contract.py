@@ -50,16 +50,7 @@ GEOMETRIES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _split_small_work():
-    native = pytest.importorskip("prunus._native") if ISAS[0] != kernels.FALLBACK else None
-    if native is None:
-        yield
-        return
-    grain = native.grain()
-    native.set_grain(1)
-    yield
-    native.set_grain(grain)
+pytestmark = pytest.mark.usefixtures("split_small_work")
 
 
 def draw(rng, geometry, rows=12, sparsity=0.6):

@@ -20,16 +20,7 @@ SHAPES = [
 ] + [(33, 40, n) for n in (1, 3, 8, 15, 16, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 130)]
 
 
-@pytest.fixture(autouse=True)
-def _split_small_work():
-    native = pytest.importorskip("prunus._native") if ISAS[0] != kernels.FALLBACK else None
-    if native is None:
-        yield
-        return
-    grain = native.grain()
-    native.set_grain(1)
-    yield
-    native.set_grain(grain)
+pytestmark = pytest.mark.usefixtures("split_small_work")
 
 
 def sparse(rng, m, k, sparsity):

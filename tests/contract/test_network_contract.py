@@ -19,16 +19,7 @@ ISAS = [*(i for i in kernels.available_isas() if i != kernels.FALLBACK), kernels
 TORCH = {"": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "gelu": F.gelu}
 
 
-@pytest.fixture(autouse=True)
-def _split_small_work():
-    native = pytest.importorskip("prunus._native") if ISAS[0] != kernels.FALLBACK else None
-    if native is None:
-        yield
-        return
-    grain = native.grain()
-    native.set_grain(1)
-    yield
-    native.set_grain(grain)
+pytestmark = pytest.mark.usefixtures("split_small_work")
 
 
 def points(channels: int, size: tuple[int, int]) -> Geometry:

@@ -23,16 +23,7 @@ def sparse(m, k, sparsity, seed=0):
     return np.where(rng.random((m, k)) < sparsity, np.float32(0), weight)
 
 
-@pytest.fixture(autouse=True)
-def _split_small_work():
-    if ISAS[0] == kernels.FALLBACK:
-        yield
-        return
-    native = pytest.importorskip("prunus._native")
-    grain = native.grain()
-    native.set_grain(1)
-    yield
-    native.set_grain(grain)
+pytestmark = pytest.mark.usefixtures("split_small_work")
 
 
 @settings(max_examples=60, deadline=None)

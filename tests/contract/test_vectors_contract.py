@@ -25,16 +25,7 @@ SHAPES = [
 ] + [(33, 66, n) for n in (2, 3, 8, 15, 16, 31, 32, 33, 47, 48, 49, 63, 64, 65, 97, 127, 130)]
 
 
-@pytest.fixture(autouse=True)
-def _split_small_work():
-    if ISAS[0] == kernels.FALLBACK:
-        yield
-        return
-    native = pytest.importorskip("prunus._native")
-    grain = native.grain()
-    native.set_grain(1)
-    yield
-    native.set_grain(grain)
+pytestmark = pytest.mark.usefixtures("split_small_work")
 
 
 def grouped(rng, m, k, height, sparsity, order=None):

@@ -48,6 +48,7 @@ def feedback(
     steps, every 16, element, global_.
     Source: Lin, Stich, Barba, Dmitriev, Jaggi 2020, arXiv 2006.07253 (DPF), algorithm 1.
     Differs: a mask is chosen by the weights before the step that it first follows, not after it.
+    The cubic ramp and its end are from memory, not checked against the authors' code.
     """
     check_steps(steps=steps)
     end = max(begin, steps // 2) if end is None else end

@@ -195,7 +195,7 @@ class LayerNorm(nn.LayerNorm):
         gamma, beta = parameters["weight"], parameters["bias"]
         if not self._direct(input, gamma, beta):
             return super().forward(input)
-        y = torch.empty(input.shape)
+        y = input.new_empty(input.shape)
         columns = self.normalized_shape[0]
         kernels.layer_norm_ptr(
             input.data_ptr(),
@@ -220,5 +220,7 @@ class LayerNorm(nn.LayerNorm):
             tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous()
             for tensor in held
         ):
+            return False
+        if not x.numel():
             return False
         return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held))

@@ -197,11 +197,11 @@ def kind_of(module: nn.Module) -> str:
     return next(kind for parent, kind in KINDS.items() if isinstance(module, parent))
 
 
-def record(model: nn.Module, example: Any) -> Calls:
-    """{layer name: counted calls} of one forward pass."""
+def record(model: nn.Module, example: Any, modules: Mapping[str, nn.Module] | None = None) -> Calls:
+    """{name: counted calls} of one forward pass, of the layers or of other modules of the model."""
     calls: dict[str, collections.Counter[Call]] = {}
     handles = []
-    for name, module in layers_of(model).items():
+    for name, module in (layers_of(model) if modules is None else modules).items():
         counter = calls.setdefault(name, collections.Counter())
         handles.append(module.register_forward_pre_hook(_recorder(counter), with_kwargs=True))
     try:

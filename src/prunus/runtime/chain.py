@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
-from prunus.runtime import cache, candidates
+from prunus.runtime import candidates
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
-from prunus.runtime.decide import LAYER_BUDGET, Options, bound, bucket_of, environment, rows_of
+from prunus.runtime.decide import Options, bucket_of, environment, rows_of, totals
 from prunus.runtime.epilogue import addable
 from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import UNTRACEABLE
-from prunus.runtime.measure import interleaved
 from prunus.runtime.modules import SparseLinear
 from prunus.runtime.ops import blob_array
 from prunus.runtime.verify import difference
@@ -279,10 +278,9 @@ def _faster(
     layers: Sequence[SparseLinear], calls: Mapping[candidates.Call, int], threads: int
 ) -> bool:
     """Whether the chain wins on the inputs of its first layer, by the disk or the clock."""
-    forms: dict[str, nn.Module] = {}
-    totals = dict.fromkeys((CHAINED, APART), 0.0)
-    for call, count in calls.items():
-        key = {
+
+    def key(call: candidates.Call) -> dict[str, Any]:
+        return {
             **environment(threads),
             "kind": "chain",
             "input": [bucket_of(rows_of("linear", call.shape)), call.layout()],
@@ -295,17 +293,13 @@ def _faster(
                 for layer in layers
             ],
         }
-        seconds = cache.get(key, frozenset(totals))
-        if seconds is None:
-            forms = forms or {CHAINED: SparseChain(layers), APART: _Apart(layers)}
-            x = call.sample()
-            runs = {name: bound(form, x) for name, form in forms.items()}
-            seconds = interleaved(runs, budget=LAYER_BUDGET)
-            cache.put(key, seconds)
-        for name in totals:
-            totals[name] += count * seconds[name]
+
+    def forms() -> dict[str, nn.Module]:
+        return {CHAINED: SparseChain(layers), APART: _Apart(layers)}
+
+    seconds = totals(calls, (CHAINED, APART), key, forms)
     margin = MARGIN if all(layer.kind == "tiled_f32" for layer in layers) else REPACKED
-    return totals[APART] >= margin * totals[CHAINED]
+    return seconds[APART] >= margin * seconds[CHAINED]
 
 
 def _same(apart: nn.Module, chained: nn.Module, example: Any) -> bool:

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -209,13 +209,13 @@ def _times(
     found = {}
     for bucket, (call, count) in _buckets(layer.kind, calls).items():
         key = _key(layer, module, call, bucket, options.threads)
-        seconds = cache.get(key, frozenset(runners))
-        if seconds is None:
+
+        def runs(call: Call = call) -> dict[str, Callable[[], Any]]:
             x = call.sample()
             inputs = dict.fromkeys(runners, x) | {LAST: channels_last(x), APART: x.contiguous()}
-            runs = {name: bound(make(), inputs[name]) for name, make in runners.items()}
-            seconds = interleaved(runs, budget=LAYER_BUDGET)
-            cache.put(key, seconds)
+            return {name: bound(make(), inputs[name]) for name, make in runners.items()}
+
+        seconds = timed(key, runners, runs)
         # In the order of the ways, whether from the clock or the disk: it decides equal times.
         found[bucket] = {name: count * seconds[name] for name in runners}
     return found
@@ -263,6 +263,39 @@ def _key(layer: Layer, module: nn.Module, call: Call, bucket: int, threads: int)
         "options": [str(getattr(module, name)) for name in moves if hasattr(module, name)],
         "input": [bucket, *(() if layer.kind == "linear" else call.shape[1:]), call.layout()],
     }
+
+
+def timed(
+    key: Mapping[str, Any],
+    names: Iterable[str],
+    runs: Callable[[], Mapping[str, Callable[[], object]]],
+) -> dict[str, float]:
+    """Seconds of the names, from the disk, or by the clock and then kept there."""
+    seconds = cache.get(key, frozenset(names))
+    if seconds is None:
+        seconds = interleaved(runs(), budget=LAYER_BUDGET)
+        cache.put(key, seconds)
+    return seconds
+
+
+def totals(
+    calls: Mapping[Call, int],
+    names: Iterable[str],
+    key: Callable[[Call], Mapping[str, Any]],
+    forms: Callable[[], Mapping[str, nn.Module]],
+) -> dict[str, float]:
+    """{name: seconds of all calls} of modules that do the same; `forms` makes them when needed."""
+    found, made = dict.fromkeys(names, 0.0), functools.cache(forms)
+
+    def runs(call: Call) -> dict[str, Callable[[], Any]]:
+        x = call.sample().to(call.dtype)
+        return {name: bound(form, x) for name, form in made().items()}
+
+    for call, count in calls.items():
+        seconds = timed(key(call), found, functools.partial(runs, call))
+        for name in found:
+            found[name] += count * seconds[name]
+    return found
 
 
 @functools.cache

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from prunus import kernels
 from prunus.kernels import INPUT
-from prunus.runtime import cache, candidates
+from prunus.runtime import candidates
 from prunus.runtime.assemble import assemble
-from prunus.runtime.decide import LAYER_BUDGET, Options, bound, environment
+from prunus.runtime.decide import Options, environment, totals
 from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import UNTRACEABLE, plain
-from prunus.runtime.measure import interleaved
 from prunus.runtime.modules import SparseConv2d
 from prunus.runtime.network import Link, Network, contents
 from prunus.runtime.verify import difference
@@ -124,35 +121,13 @@ def _faster(
     model: nn.Module, example: Any, found: Mapping[str, Network], threads: int
 ) -> dict[str, Network]:
     """Those that are no slower than their layers one by one, by the disk or the clock."""
-    calls = _record({name: model.get_submodule(name) for name in found}, model, example)
+    modules = {name: model.get_submodule(name) for name in found}
+    calls = candidates.record(model, example, modules)
     return {
         name: network
         for name, network in found.items()
-        if calls[name] and _wins(model.get_submodule(name), network, calls[name], threads)
+        if calls[name] and _wins(modules[name], network, calls[name], threads)
     }
-
-
-def _record(
-    modules: Mapping[str, nn.Module], model: nn.Module, example: Any
-) -> dict[str, Counter[candidates.Call]]:
-    """How often each module gets which input."""
-    calls: dict[str, Counter[candidates.Call]] = {name: Counter() for name in modules}
-
-    def hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            x = args[0]
-            calls[name][candidates.Call(tuple(x.shape), tuple(x.stride()), x.dtype)] += 1
-
-    handles = [
-        module.register_forward_pre_hook(functools.partial(hook, name))
-        for name, module in modules.items()
-    ]
-    try:
-        candidates.run(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def _wins(
@@ -165,22 +140,17 @@ def _wins(
         [list(n.weight_shape), round(1 - n.sparsity, 3), list(n.stride), n.activation]
         for n in layers.values()
     ]
-    forms: dict[str, nn.Module] = {}
-    totals = Counter[str]()
-    for call, count in calls.items():
-        key = {
+
+    def key(call: candidates.Call) -> dict[str, Any]:
+        return {
             **environment(threads),
             "kind": "network",
             "input": [list(call.shape), call.layout()],
             "layers": kinds,
         }
-        seconds = cache.get(key, frozenset((TOGETHER, APART)))
-        if seconds is None:
-            one = assemble(module, layers, {"": network}, share=True)
-            forms = forms or {TOGETHER: one, APART: module}
-            x = call.sample()
-            runs = {name: bound(form, x) for name, form in forms.items()}
-            seconds = interleaved(runs, budget=LAYER_BUDGET)
-            cache.put(key, seconds)
-        totals.update({name: count * value for name, value in seconds.items()})
-    return totals[TOGETHER] <= totals[APART]
+
+    def forms() -> dict[str, nn.Module]:
+        return {TOGETHER: assemble(module, layers, {"": network}, share=True), APART: module}
+
+    seconds = totals(calls, (TOGETHER, APART), key, forms)
+    return seconds[TOGETHER] <= seconds[APART]

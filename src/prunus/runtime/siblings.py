@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunus import kernels
-from prunus.runtime import blocks, cache, candidates, part
+from prunus.runtime import blocks, candidates, part
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
-from prunus.runtime.decide import LAYER_BUDGET, Options, bound, bucket_of, environment, rows_of
+from prunus.runtime.decide import Options, bucket_of, environment, rows_of, totals
 from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import plain
-from prunus.runtime.measure import interleaved
 from prunus.runtime.modules import SparseLinear
 from prunus.runtime.transformer import SCOPE
 from prunus.runtime.verify import difference
@@ -267,25 +267,18 @@ def _faster(
 ) -> bool:
     """Whether the merged layer wins on the inputs of the group, by the disk or the clock."""
     layers = [swaps[name] for name in group.names]
-    families: dict[str, nn.Module] = {}
-    totals = dict.fromkeys((MERGED, APART), 0.0)
-    for call, count in calls[group.names[0]].items():
-        key = {
+
+    def key(call: candidates.Call) -> dict[str, Any]:
+        return {
             **environment(threads),
             "kind": "joined siblings" if joined else "siblings",
             "input": [bucket_of(rows_of("linear", call.shape)), call.layout()],
             "layers": [_facts(layer) for layer in layers],
         }
-        seconds = cache.get(key, frozenset(totals))
-        if seconds is None:
-            families = families or _families(layers, joined)
-            x = call.sample()
-            runs = {name: bound(family, x) for name, family in families.items()}
-            seconds = interleaved(runs, budget=LAYER_BUDGET)
-            cache.put(key, seconds)
-        for name in totals:
-            totals[name] += count * seconds[name]
-    return totals[APART] >= MARGIN * totals[MERGED]
+
+    forms = functools.partial(_families, layers, joined)
+    seconds = totals(calls[group.names[0]], (MERGED, APART), key, forms)
+    return seconds[APART] >= MARGIN * seconds[MERGED]
 
 
 def _facts(layer: nn.Module) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunus import kernels
-from prunus.runtime import blocks, cache, candidates, part
+from prunus.runtime import blocks, candidates, part
 from prunus.runtime.assemble import assemble
 from prunus.runtime.attention import LayerNorm, attend
 from prunus.runtime.candidates import Call
-from prunus.runtime.decide import LAYER_BUDGET, Options, bound, environment
+from prunus.runtime.decide import Options, environment, timed, totals
 from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import UNTRACEABLE, plain
-from prunus.runtime.measure import interleaved
 from prunus.runtime.tokens import simplify
 from prunus.runtime.verify import difference
 
@@ -132,13 +131,13 @@ def _attentions(
     times: dict[str, dict[str, float]] = {}
     faster = []
     for name, given in found.items():
-        totals = Counter[str]()
+        spent = Counter[str]()
         for arguments in given:
             facts = _facts(arguments)
             if str(facts) not in times:
                 times[str(facts)] = _times(arguments, facts, threads)
-            totals.update(times[str(facts)])
-        if plain(model.get_submodule(name)) and totals[TORCH] >= MARGIN * totals[KERNEL]:
+            spent.update(times[str(facts)])
+        if plain(model.get_submodule(name)) and spent[TORCH] >= MARGIN * spent[KERNEL]:
             faster.append(name)
     return tuple(faster)
 
@@ -156,15 +155,11 @@ def _facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _times(arguments: Mapping[str, Any], facts: Any, threads: int) -> dict[str, float]:
     """Seconds of both ways, from the disk or the clock."""
     key = {**environment(threads), "kind": "attention", "arguments": facts}
-    seconds = cache.get(key, frozenset((KERNEL, TORCH)))
-    if seconds is None:
-        runs = {
-            KERNEL: functools.partial(attend, **arguments),
-            TORCH: functools.partial(F.scaled_dot_product_attention, **arguments),
-        }
-        seconds = interleaved(runs, budget=LAYER_BUDGET)
-        cache.put(key, seconds)
-    return seconds
+    runs = {
+        KERNEL: functools.partial(attend, **arguments),
+        TORCH: functools.partial(F.scaled_dot_product_attention, **arguments),
+    }
+    return timed(key, runs, lambda: runs)
 
 
 def _forwards(model: nn.Module, example: Any, names: tuple[str, ...]) -> dict[str, Forward]:
@@ -218,16 +213,7 @@ def _norms(
     }
     if wanted is not None:
         return {name: LayerNorm.of(norm) for name, norm in norms.items() if name in wanted}
-    calls: dict[str, Counter[Call]] = {name: Counter() for name in norms}
-    handles = [
-        norm.register_forward_pre_hook(functools.partial(_count, calls[name]))
-        for name, norm in norms.items()
-    ]
-    try:
-        candidates.run(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    calls = candidates.record(model, example, norms)
     return {
         name: LayerNorm.of(norm)
         for name, norm in norms.items()
@@ -235,26 +221,15 @@ def _norms(
     }
 
 
-def _count(counter: Counter[Call], module: nn.Module, args: tuple[Any, ...]) -> None:
-    if args:
-        x = args[0]
-        counter[Call(tuple(x.shape), tuple(x.stride()), x.dtype)] += 1
-
-
 def _norm_faster(norm: nn.LayerNorm, calls: Mapping[Call, int], threads: int) -> bool:
     """Whether the kernel wins on these inputs, by the disk or the clock."""
-    totals = Counter[str]()
-    for call, count in calls.items():
+
+    def key(call: Call) -> dict[str, Any]:
         facts = [list(call.shape), list(call.stride), str(call.dtype), list(norm.normalized_shape)]
-        key = {**environment(threads), "kind": "layer norm", "input": facts}
-        seconds = cache.get(key, frozenset((KERNEL, TORCH)))
-        if seconds is None:
-            x = call.sample().to(call.dtype)
-            forms: dict[str, nn.Module] = {KERNEL: LayerNorm.of(norm), TORCH: norm}
-            runs: dict[str, Callable[[], object]] = {
-                name: bound(form, x) for name, form in forms.items()
-            }
-            seconds = interleaved(runs, budget=LAYER_BUDGET)
-            cache.put(key, seconds)
-        totals.update({name: count * value for name, value in seconds.items()})
-    return totals[TORCH] >= MARGIN * totals[KERNEL]
+        return {**environment(threads), "kind": "layer norm", "input": facts}
+
+    def forms() -> dict[str, nn.Module]:
+        return {KERNEL: LayerNorm.of(norm), TORCH: norm}
+
+    seconds = totals(calls, (KERNEL, TORCH), key, forms)
+    return seconds[TORCH] >= MARGIN * seconds[KERNEL]

@@ -110,7 +110,7 @@ def always(monkeypatch):
     def timed(runs, **_):
         return {name: 1.0 if "dense" in name or "channels" in name else 0.1 for name in runs}
 
-    for module in ("decide", "siblings", "whole"):
+    for module in ("decide", "whole"):
         monkeypatch.setattr(f"prunus.runtime.{module}.interleaved", timed)
 
 

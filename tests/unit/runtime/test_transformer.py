@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
 from prunus.metrics import flops
-from prunus.runtime import compile, load, save, transformer
+from prunus.runtime import compile, decide, load, save, transformer
 from prunus.runtime.attention import LayerNorm, attend
 
 pytestmark = pytest.mark.skipif(kernels.attention_ptr is None, reason="no native module")
@@ -72,7 +72,7 @@ def always(monkeypatch, tmp_path):
         times = {name: 1.0 if name.startswith(slow) else 0.1 for name in runs}
         return {name: seconds / (1 + ("merged" in name)) for name, seconds in times.items()}
 
-    for module in ("decide", "siblings", "whole", "transformer", "chain"):
+    for module in ("decide", "whole"):
         monkeypatch.setattr(f"prunus.runtime.{module}.interleaved", timed)
 
 
@@ -173,7 +173,12 @@ def test_fixed_sizes_and_other_views_stay(always):
 
 def test_never_slower(always, monkeypatch):
     model, x = pruned(Model()), torch.randn(2, 9, 32)
-    monkeypatch.setattr(transformer, "interleaved", lambda runs, **_: dict.fromkeys(runs, 1.0))
+    real = decide.interleaved
+
+    def equal(runs, **named):
+        return dict.fromkeys(runs, 1.0) if transformer.KERNEL in runs else real(runs, **named)
+
+    monkeypatch.setattr(decide, "interleaved", equal)
     plan = compile(model, x).plan
     assert (plan.attentions, plan.norms) == ((), ())
 
@@ -273,3 +278,22 @@ def test_the_operator():
         call(q, k, v, torch.zeros(3, 3), False, 1.0)
     with pytest.raises(ValueRangeError, match="float32"):
         call(q.double(), k, v, None, False, 1.0)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_layer_norm_keeps_the_dtype_of_its_input(default):
+    norm = LayerNorm.of(nn.LayerNorm(24))
+    x = torch.randn(5, 24)
+    wanted = F.layer_norm(x, (24,))
+    torch.set_default_dtype(default)
+    try:
+        y = norm(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(y, wanted)
+
+
+def test_layer_norm_of_nothing():
+    norm = LayerNorm.of(nn.LayerNorm(24))
+    assert norm(torch.empty(0, 24)).shape == (0, 24)
+    assert LayerNorm.of(nn.LayerNorm(0))(torch.empty(3, 0)).shape == (3, 0)
