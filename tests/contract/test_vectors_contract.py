@@ -201,7 +201,8 @@ def test_round_trip_and_transpose(shape, permuted, height):
 
 def test_bfloat16_rounds_as_torch_does():
     bits = np.random.default_rng(0).integers(0, 1 << 32, 20000, dtype=np.uint64).astype(np.uint32)
-    values = np.concatenate([bits.view(np.float32), np.array([np.nan, np.inf, -np.inf, 0], "f4")])
+    special = [0, 1, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0x3F808000]
+    values = np.concatenate([bits, np.array(special, np.uint32)]).view(np.float32)
     wanted = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
     real = ~np.isnan(values)
     np.testing.assert_array_equal(vectors.to_bf16(values)[real], wanted[real])

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prunus.errors import FormatError, ShapeError, ValueRangeError
+from prunus.errors import FormatError, ShapeError
 from prunus.formats.csr import MAX_NONZEROS
 from prunus.kernels import header
 from prunus.kernels.header import BlobInfo, align
+from prunus.kernels.vector_values import from_bf16, to_bf16, to_int8
 
 ROWS = 16
 QUAD = 4
@@ -53,7 +54,7 @@ class BitmapSections:
             rows, _ = self.rows_and_columns()
             return self.stored.astype(np.float32) * self.scales[rows]
         if self.info.kind == "bitmap_bf16":
-            return (self.stored.astype(np.uint32) << 16).view(np.float32)
+            return from_bf16(self.stored)
         return self.stored
 
 
@@ -96,23 +97,8 @@ def _converted(matrix: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     if kind == "bitmap_f32":
         return matrix, none
     if kind == "bitmap_bf16":
-        return bfloat16_bits(matrix), none
-    peaks = np.abs(matrix).max(axis=1, initial=0.0)
-    if not np.isfinite(peaks).all():
-        row = int(np.flatnonzero(~np.isfinite(peaks))[0])
-        raise ValueRangeError(f"row {row} holds NaN or infinity, which int8 cannot; use float32")
-    scales = (peaks / np.float32(127)).astype(np.float32)
-    inverse = np.divide(1.0, scales, where=scales > 0, out=np.zeros(len(scales)), dtype=np.float64)
-    scaled = np.rint(matrix * inverse[:, None])
-    return np.clip(scaled, -127, 127).astype(np.int8), scales
-
-
-def bfloat16_bits(values: np.ndarray) -> np.ndarray:
-    """The upper 16 bits of float32 values, rounded to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = ((bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    quiet = (bits >> 16 | 0x40).astype(np.uint16)
-    return np.where(np.isnan(values), quiet, rounded)
+        return to_bf16(matrix), none
+    return to_int8(matrix)
 
 
 def _places(info: BlobInfo) -> tuple[int, int, int, int]:

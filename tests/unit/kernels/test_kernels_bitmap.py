@@ -52,18 +52,6 @@ def test_size_is_a_bit_a_position_and_the_values():
         assert wanted <= len(kernels.pack(weight, kind=kind)) <= wanted + extra + 5 * 64
 
 
-def test_bfloat16_rounds_as_torch_does():
-    rng = np.random.default_rng(1)
-    bits = rng.integers(0, 1 << 32, 20_000, dtype=np.uint32)
-    special = [0, 1, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0x3F808000]
-    values = np.concatenate([bits, np.array(special, np.uint32)]).view(np.float32)
-    wanted = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    found = bitmap.bfloat16_bits(values)
-    nan = np.isnan(values)
-    np.testing.assert_array_equal(found[~nan], wanted[~nan])
-    assert np.isnan((found[nan].astype(np.uint32) << 16).view(np.float32)).all()
-
-
 def test_what_rounds_to_zero_is_not_stored_and_files_pack_the_same():
     weight = np.array([[1.0, 1e-4, -0.0], [0, 2e-45, 5e-39]], np.float32)
     assert kernels.info(kernels.pack(weight, kind="bitmap_i8")).nnz == 2
