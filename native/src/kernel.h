@@ -132,9 +132,13 @@ static inline int64_t conv_workspace_floats(const Weight& w, const Conv& c, int6
 static inline bool is_plain(const Axis& axis) {
   return axis.kernel == 1 && axis.stride == 1 && axis.before == 0 && axis.in == axis.out;
 }
-// Whether a convolution multiplies pixels only: its planes may be read in place.
+// Whether a convolution multiplies pixels only, and its planes are best read in place: of small
+// images that are not padded, several share a panel.
+constexpr int64_t kFewPixels = 64;
 static inline bool is_pointwise(const Weight& w, const Conv& c) {
-  return c.groups == 1 && w.blocks == 1 && is_plain(c.down) && is_plain(c.across);
+  const int64_t pixels = conv_pixels(c);
+  const bool small = c.batch > 1 && pixels < kFewPixels && pixels % 16 != 0;
+  return !small && c.groups == 1 && w.blocks == 1 && is_plain(c.down) && is_plain(c.across);
 }
 
 // As for a convolution, but the tile holds the output's gradient of two panels.

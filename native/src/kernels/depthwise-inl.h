@@ -1,4 +1,4 @@
-// Depthwise convolution with a full square kernel of 3, 5 or 7 and the same stride, 1 or 2, both
+// Depthwise convolution with a full square kernel of 5 or 7 and the same stride, 1 or 2, both
 // ways: blocks of output rows by one vector, straight from the planes. Included after conv-inl.h and
 // the definition of
 //   Mask, between (lanes [low, high)), load_where (the lanes of a mask, zero elsewhere: no others
@@ -130,14 +130,5 @@ void depthwise(const Task& task) {
     const Plane one{x, task.w.values + row * K * K, task.workspace,
                     task.bias ? broadcast(task.bias[row]) : zero(), c.down.in, width};
     depthwise_plane<K, S>(task, c, one, plane * task.ldy, first, last);
-  }
-}
-
-void depthwise(const Task& task) {
-  const bool twice = task.conv->down.stride == 2;
-  switch (task.conv->down.kernel) {
-    case 3: return twice ? depthwise<3, 2>(task) : depthwise<3, 1>(task);
-    case 5: return twice ? depthwise<5, 2>(task) : depthwise<5, 1>(task);
-    default: return twice ? depthwise<7, 2>(task) : depthwise<7, 1>(task);
   }
 }

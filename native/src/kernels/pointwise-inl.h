@@ -42,7 +42,7 @@ inline Vec finish_point(const Points& p, Vec value) {
 }
 
 template <int V>
-inline void finish_points(const Points& p, int64_t row, Vec (&sum)[V]) {
+__attribute__((always_inline)) inline void finish_points(const Points& p, int64_t row, Vec (&sum)[V]) {
   const Task& task = p.task;
   const int64_t place = p.place + row * task.ldy, last = place + (V - 1) * kLanes;
   if (task.residual) {
