@@ -55,6 +55,7 @@ struct Task {
   const Vectors* vectors;  // of a product of groups; w holds the shape only
   float* workspace;  // 64-byte aligned, workspace_floats() long
   bool panel_in, panel_out;  // of a weight in tiles and one panel: x and y are panels themselves
+  int64_t skew;  // of a convolution: floats that planes of the residual lie further apart than of y
   bool padded_in, padded_out;  // of a convolution: planes of x and y have room for whole vectors
 };
 

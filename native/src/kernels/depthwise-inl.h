@@ -64,12 +64,13 @@ inline void depthwise_block(const Plane& plane, int64_t top, int64_t from, const
   }
 }
 
-// y[place + r * columns ...] = activation(acc[r] + residual[...]) for `rows` lines of `count`.
+// y[place + r * columns ...] = activation(acc[r] + residual[... + skew]) for `rows` lines of `count`.
 inline void write_block(const Task& task, Vec (&acc)[kBlockRows], int64_t place, int64_t columns,
-                        int64_t rows, int64_t count) {
+                        int64_t rows, int64_t count, int64_t skew) {
   const uint32_t flags = task.flags;
   if (task.residual || (flags & ~(kRelu | kRelu6))) {
-    for (int64_t r = 0; r < rows; ++r) write(task, place + r * columns, acc[r], zero(), count);
+    for (int64_t r = 0; r < rows; ++r)
+      write(task, place + r * columns, acc[r], zero(), count, skew);
     return;
   }
   if (flags) {
@@ -90,9 +91,10 @@ inline void write_block(const Task& task, Vec (&acc)[kBlockRows], int64_t place,
 
 // The outputs of one plane; `first` and `last` belong to the first and the last vector of a line.
 template <int K, int S>
-inline void depthwise_plane(const Task& task, const Conv& c, const Plane& plane, int64_t place,
+inline void depthwise_plane(const Task& task, const Conv& c, const Plane& plane, int64_t number,
                             const Reach (&first)[K], const Reach (&last)[K]) {
   const int64_t lines = c.down.out, columns = c.across.out;
+  const int64_t place = number * task.ldy, skew = number * task.skew;
   constexpr int64_t kReach = (kBlockRows - 1) * S + K;
   for (int64_t line = 0; line < lines; line += kBlockRows) {
     const int64_t top = line * S - c.down.before, rows = smaller(kBlockRows, lines - line);
@@ -110,7 +112,7 @@ inline void depthwise_plane(const Task& task, const Conv& c, const Plane& plane,
         depthwise_block<K, S, true>(plane, top, from, reach, acc);
       }
       write_block(task, acc, place + line * columns + at, columns, rows,
-                  smaller(kLanes, columns - at));
+                  smaller(kLanes, columns - at), skew);
     }
   }
 }
@@ -129,6 +131,6 @@ void depthwise(const Task& task) {
     const float* x = task.x + (image * c.all_groups + row / multiplier) * task.ldx;
     const Plane one{x, task.w.values + row * K * K, task.workspace,
                     task.bias ? broadcast(task.bias[row]) : zero(), c.down.in, width};
-    depthwise_plane<K, S>(task, c, one, plane * task.ldy, first, last);
+    depthwise_plane<K, S>(task, c, one, plane, first, last);
   }
 }

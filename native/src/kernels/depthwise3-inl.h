@@ -66,7 +66,7 @@ struct Strips {
 struct Column {
   const float* x;
   float* y;
-  const float* residual;  // or null
+  int64_t skew;  // of the residual
   int64_t row, line, next;  // floats from row to row of x and y, and to the next plane of x
   int64_t top, height, lines;
 };
@@ -74,11 +74,11 @@ struct Column {
 template <int V>
 __attribute__((always_inline)) inline void put(const Strips& p, const Column& c, int64_t line, Vec (&sum)[V]) {
   float* to = c.y + line * c.line;
-  if (c.residual || !p.clamps) {
+  if (p.task.residual || !p.clamps) {
     const int64_t place = to - p.task.y;
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
-      write(p.task, place + v * kLanes, sum[v], zero(), v + 1 < V ? kLanes : p.count);
+      write(p.task, place + v * kLanes, sum[v], zero(), v + 1 < V ? kLanes : p.count, c.skew);
     return;
   }
 #pragma GCC unroll 4
@@ -199,7 +199,7 @@ void strips_down(const Strips& p) {
     w.bias = task.bias ? broadcast(task.bias[row]) : zero();
     const Column column{task.x + (image * c.all_groups + channel) * task.ldx + p.from,
                         task.y + plane * task.ldy + p.at,
-                        task.residual,
+                        plane * task.skew,
                         c.across.in,
                         c.across.out,
                         task.ldx,
