@@ -245,7 +245,8 @@ def test_the_native_call_refuses_what_lies_outside():
         call(rows, floats=laid.floats - 1)
     with pytest.raises(ValueRangeError, match="lie where"):
         call(rows, floats_in=laid.floats_in - 1)
-    for column, value in ((2, 3), (3, -2), (3, -4), (4, -2), (5, -1), (5, 1 << 40), (6, 3), (7, 3), (9, 2)):
+    wrongs = [(2, 3), (3, -2), (3, -4), (4, -2), (5, -1), (5, 1 << 40), (6, 3), (7, 3), (9, 2)]
+    for column, value in wrongs:
         wrong = rows.copy()
         wrong[1, column] = value
         with pytest.raises((ValueRangeError, ShapeError, FormatError)):

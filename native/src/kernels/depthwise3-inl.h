@@ -69,7 +69,19 @@ struct Column {
   int64_t skew;  // of the residual
   int64_t row, line, next;  // floats from row to row of x and y, and to the next plane of x
   int64_t top, height, lines;
+  const float* values;  // nine
+  float bias;
 };
+
+inline Window window(const Column& c) {
+  Window w;
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) w.k[i][j] = broadcast(c.values[3 * i + j]);
+  w.bias = broadcast(c.bias);
+  return w;
+}
 
 template <int V>
 __attribute__((always_inline)) inline void put(const Strips& p, const Column& c, int64_t line, Vec (&sum)[V]) {
@@ -111,7 +123,8 @@ inline void see_strip(const Strips& p, const float* from, int v, Vec (&seen)[3])
 
 // Output line l is finished by the row under its last row of weights; rows outside add nothing.
 template <int V, bool Edge>
-__attribute__((always_inline)) inline void strips_by_one(const Strips& p, const Column& c, const Window& w) {
+inline void strips_by_one(const Strips& p, const Column& c) {
+  const Window w = window(c);
   Vec one[V], two[V];  // of the next line, and of the one after
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) one[v] = two[v] = w.bias;
@@ -142,7 +155,8 @@ __attribute__((always_inline)) inline void strips_by_one(const Strips& p, const 
 }
 
 template <int V, bool Edge>
-__attribute__((always_inline)) inline void strips_by_two(const Strips& p, const Column& c, const Window& w) {
+inline void strips_by_two(const Strips& p, const Column& c) {
+  const Window w = window(c);
   Vec sum[V], done[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) sum[v] = w.bias;
@@ -190,13 +204,6 @@ void strips_down(const Strips& p) {
       ++image;
     }
     const int64_t channel = multiplier == 1 ? row : row / multiplier;
-    const float* values = task.w.values + row * 9;
-    Window w;
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i)
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j) w.k[i][j] = broadcast(values[3 * i + j]);
-    w.bias = task.bias ? broadcast(task.bias[row]) : zero();
     const Column column{task.x + (image * c.all_groups + channel) * task.ldx + p.from,
                         task.y + plane * task.ldy + p.at,
                         plane * task.skew,
@@ -205,8 +212,10 @@ void strips_down(const Strips& p) {
                         task.ldx,
                         -c.down.before,
                         c.down.in,
-                        c.down.out};
-    S == 1 ? strips_by_one<V, Edge>(p, column, w) : strips_by_two<V, Edge>(p, column, w);
+                        c.down.out,
+                        task.w.values + row * 9,
+                        task.bias ? task.bias[row] : 0.0f};
+    S == 1 ? strips_by_one<V, Edge>(p, column) : strips_by_two<V, Edge>(p, column);
   }
 }
 

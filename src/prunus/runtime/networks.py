@@ -68,6 +68,8 @@ def _links(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[Link, ...
         if type(modules[str(node.target)]) in _TRANSPARENT:
             values[node] = values[read[0]]
             continue
+        if type(modules[str(node.target)]) is not SparseConv2d:
+            return None
         if len(node.args) < 1 or len(read) > 2 or set(node.kwargs) - {"residual"}:
             return None
         residual = values[read[1]] if len(read) > 1 else None
