@@ -15,7 +15,7 @@ from torch import nn
 from prunus import kernels
 from prunus.bench.models_large import Bottleneck, InvertedResidual
 from prunus.errors import ShapeError
-from prunus.runtime import SparseConv2d, compile, network, networks
+from prunus.runtime import SparseConv2d, compile, decide, network, networks
 from prunus.runtime.forward import Forward
 from prunus.runtime.network import Network
 
@@ -230,7 +230,7 @@ def test_a_plan_is_replayed():
 def test_the_clock_decides(monkeypatch, tmp_path):
     monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path))
     times = {networks.TOGETHER: 2.0, networks.APART: 1.0}
-    monkeypatch.setattr(networks, "interleaved", lambda runs, budget: times)
+    monkeypatch.setattr(decide, "interleaved", lambda runs, budget: times)
     layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)]
     model = nn.Sequential(*layers).eval().requires_grad_(False)
     swaps = {str(i): SparseConv2d.from_dense(layer) for i, layer in enumerate(layers)}
@@ -243,7 +243,7 @@ def test_the_clock_decides(monkeypatch, tmp_path):
     forwards, names = networks.place(model, X, swaps, {}, options)
     assert names == ("",)
     assert isinstance(forwards[""], Network)
-    monkeypatch.setattr(networks, "interleaved", None)  # from the disk
+    monkeypatch.setattr(decide, "interleaved", None)  # from the disk
     assert networks.place(model, X, swaps, {}, options)[1] == ("",)
 
 
