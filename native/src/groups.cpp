@@ -89,6 +89,7 @@ bool run_groups(const Call& call) {
   units.task.ldy = call.ldy;
   units.task.bias = call.bias;
   units.task.residual = call.residual;
+  units.task.skew = call.skew;
   units.task.flags = call.flags;
   if (is_depthwise(call.w, call.conv)) {
     units.kernel = call.kernels->depthwise_f32;

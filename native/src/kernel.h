@@ -55,6 +55,7 @@ struct Task {
   const Vectors* vectors;  // of a product of groups; w holds the shape only
   float* workspace;  // 64-byte aligned, workspace_floats() long
   bool panel_in, panel_out;  // of a weight in tiles and one panel: x and y are panels themselves
+  int64_t skew;  // of a convolution: floats that planes of the residual lie further apart than of y
   bool padded_in, padded_out;  // of a convolution: planes of x and y have room for whole vectors
 };
 
@@ -132,9 +133,13 @@ static inline int64_t conv_workspace_floats(const Weight& w, const Conv& c, int6
 static inline bool is_plain(const Axis& axis) {
   return axis.kernel == 1 && axis.stride == 1 && axis.before == 0 && axis.in == axis.out;
 }
-// Whether a convolution multiplies pixels only: its planes may be read in place.
+// Whether a convolution multiplies pixels only, and its planes are best read in place: of small
+// images that are not padded, several share a panel.
+constexpr int64_t kFewPixels = 64;
 static inline bool is_pointwise(const Weight& w, const Conv& c) {
-  return c.groups == 1 && w.blocks == 1 && is_plain(c.down) && is_plain(c.across);
+  const int64_t pixels = conv_pixels(c);
+  const bool small = c.batch > 1 && pixels < kFewPixels && pixels % 16 != 0;
+  return !small && c.groups == 1 && w.blocks == 1 && is_plain(c.down) && is_plain(c.across);
 }
 
 // As for a convolution, but the tile holds the output's gradient of two panels.

@@ -63,13 +63,13 @@ void conv_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, const Geometry& geometry
 }
 
 // One step of a network as the caller describes it: addresses of blob and bias, flags, where input,
-// residual and output lie (see net.h), floats between planes of input and output, the geometry of
-// one image.
+// residual and output lie (see net.h), floats between planes of input, output
+// and residual, the geometry of one image.
 struct StepRow {
-  int64_t blob, bias, flags, input, residual, output, ldx, ldy;
+  int64_t blob, bias, flags, input, residual, output, ldx, ldy, ldr;
   Geometry geometry;
 };
-static_assert(sizeof(StepRow) == 23 * sizeof(int64_t), "rows are read from one array of numbers");
+static_assert(sizeof(StepRow) == 24 * sizeof(int64_t), "rows are read from one array of numbers");
 
 // Planes of a value lie within the memory it is said to be in. Outside of `floats` they follow each
 // other without gaps.
@@ -96,9 +96,10 @@ NetStep checked_step(const NetCall& net, const StepRow& row, int isa) {
   const int64_t seen = call.conv.down.in * call.conv.across.in, made = conv_pixels(call.conv);
   check_value(net, row.input, call.conv.channels, seen, row.ldx);
   check_value(net, row.output, call.w.rows, made, row.ldy);
-  if (row.residual != kNetNothing) check_value(net, row.residual, call.w.rows, made, row.ldy);
+  if (row.residual != kNetNothing) check_value(net, row.residual, call.w.rows, made, row.ldr);
   call.ldx = row.ldx;
   call.ldy = row.ldy;
+  call.skew = row.residual == kNetNothing ? 0 : row.ldr - row.ldy;
   call.padded_in = row.input >= 0 && row.ldx % kNetAlignment == 0;
   call.padded_out = row.output >= 0 && row.ldy % kNetAlignment == 0 && row.residual != kNetInput;
   step.input = row.input;

@@ -182,6 +182,7 @@ bool run(const Call& call) {
   plan.task.bias = call.bias;
   plan.task.residual = call.residual;
   plan.task.flags = call.flags;
+  plan.task.skew = call.skew;
   plan.task.padded_in = call.padded_in;
   plan.task.padded_out = call.padded_out;
   const bool tokens = call.layout == Layout::tokens;

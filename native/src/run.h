@@ -21,6 +21,7 @@ struct Call {
   const Kernels* kernels;
   Vectors vectors;  // of run_vectors, instead of w
   Conv conv;  // finished; n is its number of positions
+  int64_t skew;  // floats that planes of the residual lie further apart than those of y
   bool padded_in, padded_out;  // planes of x and y have room for whole vectors of 16
 };
 

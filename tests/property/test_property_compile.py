@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from prunus.runtime import compile, decide, siblings, whole
+from prunus.runtime import compile, decide, whole
 from prunus.runtime.candidates import ALL, TABLE
 from prunus.runtime.plan import DIRECT, GROUPS
 
@@ -193,12 +193,12 @@ def check(seed: int, **options) -> None:
 @settings(max_examples=60)
 @given(seed=st.integers(0, 1 << 30))
 def test_random_networks_compute_the_same_whatever_is_chosen(seed):
-    saved = decide.interleaved, whole.interleaved, siblings.interleaved
-    decide.interleaved = whole.interleaved = siblings.interleaved = fake_clock(seed)
+    saved = decide.interleaved, whole.interleaved
+    decide.interleaved = whole.interleaved = fake_clock(seed)
     try:
         check(seed, duplicate_weights=seed % 2 == 0)
     finally:
-        decide.interleaved, whole.interleaved, siblings.interleaved = saved
+        decide.interleaved, whole.interleaved = saved
 
 
 @settings(max_examples=25)

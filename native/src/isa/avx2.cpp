@@ -66,6 +66,19 @@ inline Vec even(Vec low, Vec high) {
   return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8));
 }
 
+// GCC loads from memory again for every use of a loaded vector, unless it cannot know its value.
+inline Vec load_once(const float* from) {
+  Vec v = load(from);
+  __asm__("" : "+x"(v));
+  return v;
+}
+
+// Lanes 1, 3, ... of two vectors.
+inline Vec odd(Vec low, Vec high) {
+  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xDD));
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8));
+}
+
 // from[0], from[2], ...: `count` of them.
 inline Vec load_even(const float* from, int64_t count) {
   return even(load_n(from, 2 * count - 1), load_n(from + kLanes, 2 * count - 1 - kLanes));
@@ -104,6 +117,7 @@ inline void transpose(Vec (&b)[kLanes]) {
 #include "kernels/bytes-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
+#include "kernels/depthwise3-inl.h"
 #include "kernels/pointwise-inl.h"
 #include "kernels/groups-inl.h"
 #include "kernels/dot-x86-inl.h"

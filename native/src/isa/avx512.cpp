@@ -72,6 +72,19 @@ inline Vec even(Vec low, Vec high) {
   return _mm512_permutex2var_ps(low, lane, high);
 }
 
+// GCC loads from memory again for every use of a loaded vector, unless it cannot know its value.
+inline Vec load_once(const float* from) {
+  Vec v = load(from);
+  __asm__("" : "+v"(v));
+  return v;
+}
+
+// Lanes 1, 3, ... of two vectors.
+inline Vec odd(Vec low, Vec high) {
+  const __m512i lane = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return _mm512_permutex2var_ps(low, lane, high);
+}
+
 // from[0], from[2], ...: `count` of them.
 inline Vec load_even(const float* from, int64_t count) {
   return even(load_n(from, 2 * count - 1), load_n(from + kLanes, 2 * count - 1 - kLanes));
@@ -147,6 +160,7 @@ inline Vec sum_lanes(Vec (&b)[kLanes]) {
 #endif
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
+#include "kernels/depthwise3-inl.h"
 #include "kernels/pointwise-inl.h"
 #include "kernels/groups-inl.h"
 #include "kernels/dot-x86-inl.h"

@@ -77,6 +77,10 @@ inline Vec load_n(const float* from, int64_t count) { return load_where(from, be
 // Lanes 0, 2, ... of two vectors.
 inline Vec even(Vec low, Vec high) { return vuzp1q_f32(low, high); }
 
+// Lanes 1, 3, ... of two vectors.
+inline Vec load_once(const float* from) { return load(from); }
+inline Vec odd(Vec low, Vec high) { return vuzp2q_f32(low, high); }
+
 // from[0], from[2], ...: `count` of them.
 inline Vec load_even(const float* from, int64_t count) {
   return even(load_n(from, 2 * count - 1), load_n(from + kLanes, 2 * count - 1 - kLanes));
@@ -135,6 +139,7 @@ inline float total(const Partial& p) {
 #include "kernels/bytes-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
+#include "kernels/depthwise3-inl.h"
 #include "kernels/pointwise-inl.h"
 #include "kernels/groups-inl.h"
 #include "kernels/spmv-inl.h"

@@ -67,6 +67,11 @@ inline Vec even(const Vec& low, const Vec& high) {
   return {{low.lane[0], low.lane[2], high.lane[0], high.lane[2]}};
 }
 
+inline Vec load_once(const float* from) { return load(from); }
+inline Vec odd(const Vec& low, const Vec& high) {
+  return {{low.lane[1], low.lane[3], high.lane[1], high.lane[3]}};
+}
+
 inline void store_n(float* to, const Vec& v, int64_t count) {
   for (int i = 0; i < count && i < kLanes; ++i) to[i] = v.lane[i];
 }
@@ -147,6 +152,7 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #endif
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
+#include "kernels/depthwise3-inl.h"
 #include "kernels/pointwise-inl.h"
 #include "kernels/groups-inl.h"
 #include "kernels/spmv-inl.h"

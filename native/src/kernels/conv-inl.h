@@ -220,7 +220,7 @@ __attribute__((always_inline)) inline void fetch_residual(const Task& task, cons
                                                           int64_t stop) {
   for (; row < stop; ++row) {
     for (const Run* run = runs; run != end; ++run) {
-      const float* from = task.residual + run->from + row * task.ldy;
+      const float* from = task.residual + run->from + row * (task.ldy + task.skew);
       for (int64_t i = 0; i < run->count; i += kLineFloats) __builtin_prefetch(from + i);
     }
   }
@@ -235,7 +235,8 @@ inline void scatter_pixels(const Task& task, const Run* runs, const Run* end, in
     for (const Run* run = runs; run != end; ++run) {
       const int64_t place = run->from + row * task.ldy;
       for (int64_t i = 0; i < run->count; i += kLanes)
-        write(task, place + i, load(from + run->at + i), bias, smaller(kLanes, run->count - i));
+        write(task, place + i, load(from + run->at + i), bias, smaller(kLanes, run->count - i),
+              row * task.skew);
     }
   }
 }

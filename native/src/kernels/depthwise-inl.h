@@ -1,4 +1,4 @@
-// Depthwise convolution with a full square kernel of 3, 5 or 7 and the same stride, 1 or 2, both
+// Depthwise convolution with a full square kernel of 5 or 7 and the same stride, 1 or 2, both
 // ways: blocks of output rows by one vector, straight from the planes. Included after conv-inl.h and
 // the definition of
 //   Mask, between (lanes [low, high)), load_where (the lanes of a mask, zero elsewhere: no others
@@ -64,12 +64,13 @@ inline void depthwise_block(const Plane& plane, int64_t top, int64_t from, const
   }
 }
 
-// y[place + r * columns ...] = activation(acc[r] + residual[...]) for `rows` lines of `count`.
+// y[place + r * columns ...] = activation(acc[r] + residual[... + skew]) for `rows` lines of `count`.
 inline void write_block(const Task& task, Vec (&acc)[kBlockRows], int64_t place, int64_t columns,
-                        int64_t rows, int64_t count) {
+                        int64_t rows, int64_t count, int64_t skew) {
   const uint32_t flags = task.flags;
   if (task.residual || (flags & ~(kRelu | kRelu6))) {
-    for (int64_t r = 0; r < rows; ++r) write(task, place + r * columns, acc[r], zero(), count);
+    for (int64_t r = 0; r < rows; ++r)
+      write(task, place + r * columns, acc[r], zero(), count, skew);
     return;
   }
   if (flags) {
@@ -90,9 +91,10 @@ inline void write_block(const Task& task, Vec (&acc)[kBlockRows], int64_t place,
 
 // The outputs of one plane; `first` and `last` belong to the first and the last vector of a line.
 template <int K, int S>
-inline void depthwise_plane(const Task& task, const Conv& c, const Plane& plane, int64_t place,
+inline void depthwise_plane(const Task& task, const Conv& c, const Plane& plane, int64_t number,
                             const Reach (&first)[K], const Reach (&last)[K]) {
   const int64_t lines = c.down.out, columns = c.across.out;
+  const int64_t place = number * task.ldy, skew = number * task.skew;
   constexpr int64_t kReach = (kBlockRows - 1) * S + K;
   for (int64_t line = 0; line < lines; line += kBlockRows) {
     const int64_t top = line * S - c.down.before, rows = smaller(kBlockRows, lines - line);
@@ -110,7 +112,7 @@ inline void depthwise_plane(const Task& task, const Conv& c, const Plane& plane,
         depthwise_block<K, S, true>(plane, top, from, reach, acc);
       }
       write_block(task, acc, place + line * columns + at, columns, rows,
-                  smaller(kLanes, columns - at));
+                  smaller(kLanes, columns - at), skew);
     }
   }
 }
@@ -129,15 +131,6 @@ void depthwise(const Task& task) {
     const float* x = task.x + (image * c.all_groups + row / multiplier) * task.ldx;
     const Plane one{x, task.w.values + row * K * K, task.workspace,
                     task.bias ? broadcast(task.bias[row]) : zero(), c.down.in, width};
-    depthwise_plane<K, S>(task, c, one, plane * task.ldy, first, last);
-  }
-}
-
-void depthwise(const Task& task) {
-  const bool twice = task.conv->down.stride == 2;
-  switch (task.conv->down.kernel) {
-    case 3: return twice ? depthwise<3, 2>(task) : depthwise<3, 1>(task);
-    case 5: return twice ? depthwise<5, 2>(task) : depthwise<5, 1>(task);
-    default: return twice ? depthwise<7, 2>(task) : depthwise<7, 1>(task);
+    depthwise_plane<K, S>(task, c, one, plane, first, last);
   }
 }

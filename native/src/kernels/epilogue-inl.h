@@ -57,10 +57,11 @@ inline Vec activate(Vec value, uint32_t flags) {
   return gated(value, value);
 }
 
-// y[place ...] = activation(value + bias + residual[place ...]), `count` of them.
-inline void write(const Task& task, int64_t place, Vec value, Vec bias, int64_t count) {
+// y[place ...] = activation(value + bias + residual[place + skew ...]), `count` of them.
+inline void write(const Task& task, int64_t place, Vec value, Vec bias, int64_t count,
+                  int64_t skew = 0) {
   value = add(value, bias);
-  if (task.residual) value = add(value, load_n(task.residual + place, count));
+  if (task.residual) value = add(value, load_n(task.residual + place + skew, count));
   value = activate(value, task.flags);
   if (count >= kLanes) {
     store(task.y + place, value);

@@ -81,7 +81,7 @@ inline void write_lines(const Task& task, const Run* runs, const Run* end, int64
     for (const Run* run = runs; run != end; ++run)
       for (int64_t i = 0; i < run->count; i += kLanes)
         write(task, plane + run->from + i, load(from + run->at + i), bias,
-              smaller(kLanes, run->count - i));
+              smaller(kLanes, run->count - i), (image * task.w.rows + r) * task.skew);
   }
 }
 

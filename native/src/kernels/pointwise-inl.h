@@ -9,7 +9,7 @@ constexpr uint32_t kLongRow = 8;  // non-zeros from which two partial sums pay
 struct Points {
   const Task& task;
   const float* x;          // the run in the first channel
-  int64_t place;           // and in the first row of y
+  int64_t place, skew;     // and in the first row of y, and of the residual beyond that
   int64_t rest_in, rest;   // readable and writable floats of the last vector
   Vec low, high;           // of the activations that only clamp
   bool clamps;
@@ -42,14 +42,14 @@ inline Vec finish_point(const Points& p, Vec value) {
 }
 
 template <int V>
-inline void finish_points(const Points& p, int64_t row, Vec (&sum)[V]) {
+__attribute__((always_inline)) inline void finish_points(const Points& p, int64_t row, Vec (&sum)[V]) {
   const Task& task = p.task;
   const int64_t place = p.place + row * task.ldy, last = place + (V - 1) * kLanes;
   if (task.residual) {
-    const float* added = task.residual + place;
+    const float* added = task.residual + place + p.skew + row * task.skew;
 #pragma GCC unroll 16
     for (int v = 0; v + 1 < V; ++v) sum[v] = add(sum[v], load(added + v * kLanes));
-    sum[V - 1] = add(sum[V - 1], load_n(task.residual + last, p.rest));
+    sum[V - 1] = add(sum[V - 1], load_n(added + last - place, p.rest));
   }
 #pragma GCC unroll 16
   for (int v = 0; v + 1 < V; ++v) store(task.y + place + v * kLanes, finish_point(p, sum[v]));
@@ -118,6 +118,7 @@ void pointwise(const Task& task) {
     const Points points{task,
                         task.x + image * channels * task.ldx + at,
                         image * task.w.rows * task.ldy + at,
+                        image * task.w.rows * task.skew,
                         task.padded_in ? kLanes : rest,
                         task.padded_out ? kLanes : rest,
                         low,

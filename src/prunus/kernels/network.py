@@ -20,7 +20,7 @@ INPUT = -1
 """As a source or residual: the input of the network."""
 _OUTPUT, _NOTHING = -2, -3  # as kNetOutput and kNetNothing of native/src/net.h
 _ALIGNMENT = 16
-_HEAD = 8  # numbers of a row before the geometry's
+_HEAD = 9  # numbers of a row before the geometry's
 
 _native: Any = loader.load()
 
@@ -50,7 +50,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
-    """Where the values of a network lie. rows: int64 [steps, 23], one StepRow of the kernels each.
+    """Where the values of a network lie. rows: int64 [steps, 24], one StepRow of the kernels each.
 
     Its first two columns are for the addresses of blob and bias. Sizes in floats of one image.
     """
@@ -73,7 +73,8 @@ def arrange(steps: Sequence[Step]) -> Arrangement:
     for number, step in enumerate(steps):
         added = _NOTHING if step.residual is None else places[step.residual]
         head = (face.ACTIVATIONS[step.activation], places[step.source], added, places[number])
-        rows[number, 2:_HEAD] = (*head, strides[step.source], strides[number])
+        apart = strides[number if step.residual is None else step.residual]
+        rows[number, 2:_HEAD] = (*head, strides[step.source], strides[number], apart)
         rows[number, _HEAD:] = step.geometry.numbers()
     first = next(step.geometry for step in steps if step.source == INPUT)
     return Arrangement(rows, first.channels * strides[INPUT], sizes[last], floats)
@@ -140,21 +141,18 @@ def _check(steps: Sequence[Step]) -> None:
 
 
 def _strides(steps: Sequence[Step]) -> dict[int, int]:
-    """{value: floats from plane to plane}; what is added lies as what it is added to.
+    """{value: floats from plane to plane}.
 
     Outside of the network planes follow each other. Inside they have room for whole vectors, and an
     odd number of these, so that the channels spread over all of a cache's sets.
     """
     first = next(step.geometry for step in steps if step.source == INPUT)
-    height, width = first.size
-    strides, tight = {INPUT: height * width}, {INPUT, len(steps) - 1}
-    pairs = [(n, step.residual) for n, step in enumerate(steps) if step.residual is not None]
-    while grown := {n for pair in pairs if tight & {*pair} for n in pair} - tight:
-        tight |= grown
-    for number, step in enumerate(steps):
-        height, width = step.geometry.out_size
-        padded = -(-height * width // _ALIGNMENT) | 1
-        strides[number] = height * width if number in tight else padded * _ALIGNMENT
+    sizes = {INPUT: first.size, **{n: step.geometry.out_size for n, step in enumerate(steps)}}
+    strides = {}
+    for number, (height, width) in sizes.items():
+        outside = number in (INPUT, len(steps) - 1)
+        padded = (-(-height * width // _ALIGNMENT) | 1) * _ALIGNMENT
+        strides[number] = height * width if outside else padded
     return strides
 
 

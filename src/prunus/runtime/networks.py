@@ -25,19 +25,16 @@ _TRANSPARENT = (nn.Identity, nn.Dropout)
 
 
 class _Tracer(fx.Tracer):
-    """Only packed layers and what changes nothing are leaves."""
+    """Packed layers are leaves, as torch's own modules are."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, SparseConv2d) or type(m) in _TRANSPARENT
+        return isinstance(m, SparseConv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def describe(module: nn.Module, before: Forward | None = None) -> Network | None:
     """The network that a module is; None if it is none, or of a single layer."""
-    leaves = [child for child in module.modules() if not child._modules]
-    layers = [child for child in leaves if type(child) is SparseConv2d]
-    if len(layers) < 2 or any(type(leaf) not in (SparseConv2d, *_TRANSPARENT) for leaf in leaves):
-        return None
-    if any(layer.padding_mode != "zeros" for layer in layers):
+    layers = [child for child in module.modules() if type(child) is SparseConv2d]
+    if len(layers) < 2 or any(layer.padding_mode != "zeros" for layer in layers):
         return None
     if not all(plain(child) for child in module.modules()):
         return None
@@ -71,6 +68,8 @@ def _links(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[Link, ...
         if type(modules[str(node.target)]) in _TRANSPARENT:
             values[node] = values[read[0]]
             continue
+        if type(modules[str(node.target)]) is not SparseConv2d:
+            return None
         if len(node.args) < 1 or len(read) > 2 or set(node.kwargs) - {"residual"}:
             return None
         residual = values[read[1]] if len(read) > 1 else None
