@@ -40,15 +40,19 @@ def write(
 
 
 @contextmanager
-def restored(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Give weights and biases back as they were if an error passes."""
+def restored(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], *, always: bool = False
+) -> Iterator[None]:
+    """Give weights and biases back as they were if an error passes, or always."""
     held = [*parameters.values()]
     held += [bias for weight in parameters.values() for bias in biases_of(model, weight)]
     backup = [(parameter, parameter.detach().clone()) for parameter in held]
+    done = False
     try:
         yield
-    except BaseException:
-        with torch.no_grad():
-            for parameter, value in backup:
-                parameter.copy_(value)
-        raise
+        done = not always
+    finally:
+        if not done:
+            with torch.no_grad():
+                for parameter, value in backup:
+                    parameter.copy_(value)

@@ -59,3 +59,31 @@ def test_an_error_gives_the_weights_back():
     with pytest.raises(RuntimeError, match="out of data"):
         sensitivity(model, methods.one_shot_magnitude, fails)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_methods_that_need_data_and_move_biases_leave_nothing_behind():
+    model, x = network(), torch.randn(32, 6).double()
+    x[:, 0] = 3  # its weights can be folded into the bias
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moved = []
+
+    def evaluate():
+        moved.append(
+            [
+                n
+                for n, p in model.named_parameters()
+                if "bias" in n and not torch.equal(p, before[n])
+            ]
+        )
+        return 0.0
+
+    found = sensitivity(
+        model,
+        methods.fold_constant,
+        evaluate,
+        sparsities=[0.5],
+        batches=iter([x[:16], x[16:]]),
+    )
+    assert set(found) == {"0.weight", "2.weight"}
+    assert moved == [[], ["0.bias"], ["2.bias"]]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
