@@ -215,20 +215,38 @@ void sddmm_ptr(uintptr_t blob, uintptr_t x, uintptr_t g, uintptr_t out, int64_t 
   execute(call);
 }
 
-// See turn_index and turn_values; columns 0: fills values, the offsets are there.
-void turn_ptr(uintptr_t blob, int64_t area, int64_t groups, uintptr_t offsets, uintptr_t columns,
-              uintptr_t values) {
-  checked_blob(blob);
-  const Turn turn{open_blob(reinterpret_cast<const void*>(blob)), area, groups};
+void check_turn(const Turn& turn) {
   const Weight& w = turn.w;
-  if (area < 1 || groups < 1 || w.blocks > 1 || w.cols % area != 0 || w.rows % groups != 0 ||
-      w.rows / groups * area > 65536)
+  if (turn.area < 1 || turn.groups < 1 || w.blocks > 1 || w.cols % turn.area != 0 ||
+      w.rows % turn.groups != 0 || turn.width < 1 || turn.width > 65536 ||
+      w.rows / turn.groups * turn.width > 65536)
     bad_value("area and groups do not divide this weight, or its transpose is too wide");
-  if (offsets == 0 || offsets % 4 != 0 || columns % 2 != 0 || values % 4 != 0)
+  if (turn.phases < 1 || turn.phases > turn.area)
+    bad_value("a kernel has at least one phase, and at most one for each element");
+  std::vector<int32_t> last(static_cast<size_t>(turn.phases), -1);
+  for (int64_t i = turn.area; i-- > 0;) {
+    const Spot spot = turn.into[i];
+    if (spot.phase < 0 || spot.phase >= turn.phases || spot.place >= turn.width ||
+        spot.place <= last[static_cast<size_t>(spot.phase)])
+      bad_value("the places of a kernel's elements are out of range or not in order");
+    last[static_cast<size_t>(spot.phase)] = spot.place;
+  }
+}
+
+// See turn_index and turn_values; into: address of Spot [area]; columns 0: fills values, the
+// offsets are there.
+void turn_ptr(uintptr_t blob, int64_t area, int64_t groups, int64_t phases, int64_t width,
+              uintptr_t into, uintptr_t offsets, uintptr_t columns, uintptr_t values) {
+  checked_blob(blob);
+  const Turn turn{open_blob(reinterpret_cast<const void*>(blob)), area, groups, phases, width,
+                  reinterpret_cast<const Spot*>(into)};
+  if (into == 0 || into % 4 != 0 || offsets == 0 || offsets % 4 != 0 || columns % 2 != 0 ||
+      values % 4 != 0)
     bad_value("an address is null or not aligned");
+  check_turn(turn);
   if ((columns == 0) == (values == 0)) bad_value("either columns or values are filled");
   nb::gil_scoped_release release;
-  std::vector<uint32_t> counters(static_cast<size_t>(turn.channels()));
+  std::vector<uint32_t> counters(static_cast<size_t>(turn.rows()));
   auto* starts = reinterpret_cast<uint32_t*>(offsets);
   if (columns != 0) {
     turn_index(turn, starts, reinterpret_cast<uint16_t*>(columns), counters.data());
@@ -303,7 +321,8 @@ NB_MODULE(_native, m) {
         nb::arg("threads"), nb::arg("ldx"), nb::arg("ldg"), nb::arg("isa") = -1);
   bind_convolutions(m);
   m.def("turn_ptr", &turn_ptr, nb::arg("blob_ptr"), nb::arg("area"), nb::arg("groups"),
-        nb::arg("offsets_ptr"), nb::arg("columns_ptr") = 0, nb::arg("values_ptr") = 0);
+        nb::arg("phases"), nb::arg("width"), nb::arg("into_ptr"), nb::arg("offsets_ptr"),
+        nb::arg("columns_ptr") = 0, nb::arg("values_ptr") = 0);
   bind_attention(m);
   m.def("transpose_ptr", &transpose_ptr, nb::arg("from_ptr"), nb::arg("to_ptr"));
   m.def("available_isas", &available_isas);

@@ -65,14 +65,23 @@ bool run_chain(const ChainCall& call);
 // Fills `to`, whose header already describes the transpose of `from`.
 void transpose_blob(const void* from, void* to);
 
-// The transpose of a convolution's weight [rows, channels / groups * area] of one block, kernels
-// flipped: [channels, rows / groups * area]. turn_index fills offsets [channels + 1] and columns
-// [nnz]; turn_values takes the values to their places. Both need channels counters.
+// The transpose of a convolution's weight [rows, channels / groups * area] of one block, for the
+// gradient to its input: [channels * phases, rows / groups * width]. A stride leaves each residue of
+// the input, a phase, to some elements of the kernel; `into` says of each element to which phase it
+// belongs, and at which of `width` places of a kernel with stride 1 it stands there. Elements of a
+// phase come to ascending places from the last to the first. turn_index fills offsets
+// [channels * phases + 1] and columns [nnz]; turn_values takes the values to their places. Both need
+// a counter for each of these rows.
+struct Spot {
+  int32_t phase, place;
+};
+
 struct Turn {
   Weight w;
-  int64_t area, groups;
+  int64_t area, groups, phases, width;
+  const Spot* into;  // [area]
 
-  int64_t channels() const { return w.cols / area * groups; }
+  int64_t rows() const { return w.cols / area * groups * phases; }
 };
 void turn_index(const Turn& turn, uint32_t* offsets, uint16_t* columns, uint32_t* counters);
 void turn_values(const Turn& turn, const uint32_t* offsets, float* values, uint32_t* counters);

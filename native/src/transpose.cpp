@@ -38,20 +38,22 @@ void transpose_blob(const void* from, void* to) {
 
 namespace {
 
-// each(i, channel, column): a row's elements from its last to its first, so that the flipped
-// columns of a channel come in ascending order. Area: 0 if it is known at run time only.
+// each(i, row, column) of the target: a row's elements from its last to its first, so that the
+// columns of a target row come in ascending order. Area: 0 if it is known at run time only.
 template <int64_t Area, class Each>
 void walk_turned(const Turn& turn, const Each& each) {
-  const int64_t area = Area ? Area : turn.area;
+  const int64_t area = Area ? Area : turn.area, width = turn.width, phases = turn.phases;
   const int64_t group_rows = turn.w.rows / turn.groups, group_channels = turn.w.cols / area;
+  const Spot first_spot = turn.into[0];
   for (int64_t row = 0; row < turn.w.rows; ++row) {
     const int64_t group = turn.groups == 1 ? 0 : row / group_rows;
-    const int64_t first = (row - group * group_rows) * area + area - 1;
+    const int64_t first = (row - group * group_rows) * width;
+    const int64_t from = group * group_channels;
     for (uint32_t i = turn.w.offsets[row + 1]; i-- > turn.w.offsets[row];) {
       const uint32_t column = turn.w.columns[i];
       const int64_t channel = column / static_cast<uint32_t>(area);
-      const int64_t place = column - channel * area;
-      each(i, group * group_channels + channel, first - place);
+      const Spot spot = Area == 1 ? first_spot : turn.into[column - channel * area];
+      each(i, (from + channel) * phases + spot.phase, first + spot.place);
     }
   }
 }
@@ -68,20 +70,21 @@ void walk(const Turn& turn, const Each& each) {
 }  // namespace
 
 void turn_index(const Turn& turn, uint32_t* offsets, uint16_t* columns, uint32_t* counters) {
-  const int64_t channels = turn.channels();
-  for (int64_t c = 0; c <= channels; ++c) offsets[c] = 0;
-  walk(turn, [&](uint32_t, int64_t channel, int64_t) { ++offsets[channel + 1]; });
-  for (int64_t c = 0; c < channels; ++c) offsets[c + 1] += offsets[c];
-  for (int64_t c = 0; c < channels; ++c) counters[c] = offsets[c];
-  walk(turn, [&](uint32_t, int64_t channel, int64_t column) {
-    columns[counters[channel]++] = static_cast<uint16_t>(column);
+  const int64_t rows = turn.rows();
+  for (int64_t r = 0; r <= rows; ++r) offsets[r] = 0;
+  walk(turn, [&](uint32_t, int64_t row, int64_t) { ++offsets[row + 1]; });
+  for (int64_t r = 0; r < rows; ++r) offsets[r + 1] += offsets[r];
+  for (int64_t r = 0; r < rows; ++r) counters[r] = offsets[r];
+  walk(turn, [&](uint32_t, int64_t row, int64_t column) {
+    columns[counters[row]++] = static_cast<uint16_t>(column);
   });
 }
 
 void turn_values(const Turn& turn, const uint32_t* offsets, float* values, uint32_t* counters) {
-  for (int64_t c = 0; c < turn.channels(); ++c) counters[c] = offsets[c];
-  walk(turn, [&](uint32_t i, int64_t channel, int64_t) {
-    values[counters[channel]++] = turn.w.values[i];
+  const int64_t rows = turn.rows();
+  for (int64_t r = 0; r < rows; ++r) counters[r] = offsets[r];
+  walk(turn, [&](uint32_t i, int64_t row, int64_t) {
+    values[counters[row]++] = turn.w.values[i];
   });
 }
 

@@ -9,7 +9,11 @@ from prunus import kernels
 from prunus.kernels.geometry import Geometry
 from prunus.training.pattern import MAX_SIDE, Pattern
 from prunus.training.products import NATIVE, room
-from prunus.training.window import Window
+from prunus.training.turns import Turn, turn_of
+from prunus.training.window import Pair, Window
+
+_PHASES = 1 << 18
+"""Elements of the gradients by phase that are made at a time: they stay in the caches."""
 
 
 def convolve(
@@ -24,7 +28,7 @@ def convolve(
     y = x.new_empty((len(x), pattern.shape[0], *geometry.out_size))
     values, x = values.detach().contiguous(), x.contiguous()
     bias = None if bias is None else bias.detach().contiguous()
-    return _run(pattern.address(values), x, y, geometry, bias)
+    return _run(pattern.address(values), x, y, geometry.numbers(), bias)
 
 
 def _geometry(x: Tensor, window: Window) -> Geometry:
@@ -36,39 +40,54 @@ def _geometry(x: Tensor, window: Window) -> Geometry:
 
 
 def can_turn(pattern: Pattern, window: Window) -> bool:
-    """Tell whether the gradient to the input is a convolution too: stride 1, padding within it."""
-    area, rows = window.kernel[0] * window.kernel[1], pattern.shape[0] // window.groups
-    spans = [d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True)]
-    inside = all(p <= span for p, span in zip(window.padding, spans, strict=True))
-    return window.stride == (1, 1) and inside and rows * area <= MAX_SIDE
+    """Tell whether 16 bits reach the columns of the transposed weight."""
+    return pattern.shape[0] // window.groups * turn_of(window).width <= MAX_SIDE
 
 
-def convolve_back(pattern: Pattern, values: Tensor, g: Tensor, window: Window) -> Tensor:
-    """Gradient to the input [B, C, H, W] from g [B, M, H', W']: flipped kernels, turned channels.
-
-    dL/dx[c] = sum over m, i, j of W[m, c, i, j] g[m] shifted by d (i, j) - p.
-    """
-    area = window.kernel[0] * window.kernel[1]
-    up, left = (
-        d * (k - 1) - p
-        for d, k, p in zip(window.dilation, window.kernel, window.padding, strict=True)
-    )
-    geometry = Geometry(
-        len(g), g.shape[1], (g.shape[2], g.shape[3]), window.kernel, (1, 1), window.dilation,
-        (up, up, left, left), window.groups,
-    )  # fmt: skip
+def convolve_back(
+    pattern: Pattern, values: Tensor, g: Tensor, window: Window, size: Pair
+) -> Tensor:
+    """Gradient to the input [B, C, *size] from g [B, M, H', W']: one convolution, see `Turn`."""
+    turn, strides = turn_of(window), window.stride
+    channels = pattern.shape[1] // turn.area * window.groups
+    planes = channels * len(turn.phases)
+    inner = (-(-size[0] // strides[0]), -(-size[1] // strides[1]))
     assert NATIVE is not None
-    channels = pattern.shape[1] // area * window.groups
-    out = g.new_empty((len(g), channels, *geometry.out_size))
-    blob = pattern.turned_address(NATIVE, values, room(pattern.nnz), area, window.groups)
-    return _run(blob, g.contiguous(), out, geometry, None)
+    blob = pattern.turned_address(NATIVE, values, room(pattern.nnz), turn)
+    g = g.contiguous()
+    if strides == (1, 1):
+        return _run(blob, g, g.new_empty(len(g), planes, *inner), _numbers(g, turn, inner), None)
+    every = len(turn.phases) == strides[0] * strides[1]
+    out = (g.new_empty if every else g.new_zeros)(len(g), channels, *size)
+    count = max(1, _PHASES // max(1, planes * inner[0] * inner[1]))
+    for first in range(0, len(g), count):
+        part = g[first : first + count]
+        y = part.new_empty(len(part), planes, *inner)
+        _run(blob, part, y, _numbers(part, turn, inner), None)
+        _interleave(y.view(len(part), channels, -1, *inner), turn, strides, out[first:])
+    return out
 
 
-def _run(blob: int, x: Tensor, y: Tensor, geometry: Geometry, bias: Tensor | None) -> Tensor:
+def _numbers(g: Tensor, turn: Turn, size: Pair) -> tuple[int, ...]:
+    axes = [
+        (g.shape[2 + i], size[i], turn.kernel[i], 1, turn.dilation[i], turn.before[i])
+        for i in (0, 1)
+    ]
+    return (len(g), g.shape[1], turn.groups, *axes[0], *axes[1])
+
+
+def _interleave(y: Tensor, turn: Turn, strides: Pair, out: Tensor) -> None:
+    """Write phases [B, C, P, H / s, W / s] to every s-th pixel of the first B images of `out`."""
+    for i, (a, b) in enumerate(turn.phases):
+        into = out[: len(y), :, a :: strides[0], b :: strides[1]]
+        into.copy_(y[:, :, i, : into.shape[2], : into.shape[3]])
+
+
+def _run(blob: int, x: Tensor, y: Tensor, numbers: tuple[int, ...], bias: Tensor | None) -> Tensor:
     if y.numel():
         offset = 0 if bias is None else bias.data_ptr()
         kernels.conv_ptr(
-            blob, x.data_ptr(), y.data_ptr(), geometry.numbers(), offset, 0, torch.get_num_threads()
+            blob, x.data_ptr(), y.data_ptr(), numbers, offset, 0, torch.get_num_threads()
         )
     return y
 

@@ -141,7 +141,7 @@ def _rows(x: Tensor, g: Tensor, window: Window, begin: int, end: int) -> Tensor:
 def _input_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Window) -> Tensor:
     native = way.native and runs_native(values, g)
     if native and can_turn(way.pattern, window):
-        return convolve_back(way.pattern, values, g, window)
+        return convolve_back(way.pattern, values, g, window, (x.shape[2], x.shape[3]))
     out = torch.empty_like(x)
     for part in _parts(x, g, window):
         for i, (piece, first, last) in enumerate(way.pattern.parts(window.groups)):
@@ -167,7 +167,7 @@ def _value_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Wind
     return out
 
 
-def images(x: Tensor, rows: int, size: Pair, most: int = 1 << 22) -> list[slice]:
+def images(x: Tensor, rows: int, size: Pair, most: int = 1 << 20) -> list[slice]:
     """Cut a batch so that unfolded parts hold about `most` elements: memory stays bounded."""
     each = max(1, rows * size[0] * size[1])
     step = max(1, most // each)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunus.errors import FormatError, ShapeError
 from prunus.kernels import blob as blobs
+from prunus.training.turns import PLAIN, Turn
 
 MAX_SIDE = 1 << 16
 """Rows and columns that 16-bit indices reach."""
@@ -42,7 +43,7 @@ class Pattern:
         self._check()
         self._header = _header(shape, self.nnz)
         self._parts: dict[int, list[tuple[Pattern, int, int]]] = {}
-        self._turned: dict[tuple[int, int], tuple[np.ndarray, Tensor, Tensor]] = {}
+        self._turned: dict[Turn, tuple[np.ndarray, Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, shape: tuple[int, int], places: Tensor) -> Pattern:
@@ -113,28 +114,28 @@ class Pattern:
         return _point(self._header, self.offsets, self.columns, values)
 
     def turned_address(
-        self, native: ModuleType, values: Tensor, scratch: Tensor, area: int = 1, groups: int = 1
+        self, native: ModuleType, values: Tensor, scratch: Tensor, turn: Turn = PLAIN
     ) -> int:
         """As `address`, of the transposed matrix; its values are sorted into `scratch` [nnz].
 
-        area: of a convolution's kernel; then the matrix [M, C / groups area] becomes
-        [C, M / groups area], with every kernel flipped (its elements in reverse). Kernels only.
+        Of a convolution: [M, C / groups area] becomes [C phases, M / groups width]. Kernels only.
         """
         values = values.contiguous()
-        address = self.address(values)
-        if (area, groups) not in self._turned:
-            shape = (self.shape[1] // area * groups, self.shape[0] // groups * area)
-            offsets = torch.empty(shape[0] + 1, dtype=torch.int32)
+        address, groups = self.address(values), turn.groups
+        how = (turn.area, groups, len(turn.phases), turn.width, turn.table.ctypes.data)
+        if turn not in self._turned:
+            rows = self.shape[1] // turn.area * groups * len(turn.phases)
+            offsets = torch.empty(rows + 1, dtype=torch.int32)
             columns = torch.empty(self.nnz, dtype=torch.int16)
             if self.nnz:
-                places = (offsets.data_ptr(), columns.data_ptr())
-                native.turn_ptr(address, area, groups, *places)
+                native.turn_ptr(address, *how, offsets.data_ptr(), columns.data_ptr())
             else:
                 offsets.zero_()
-            self._turned[area, groups] = (_header(shape, self.nnz), offsets, columns)
-        header, offsets, columns = self._turned[area, groups]
+            shape = (rows, self.shape[0] // groups * turn.width)
+            self._turned[turn] = (_header(shape, self.nnz), offsets, columns)
+        header, offsets, columns = self._turned[turn]
         if self.nnz:
-            native.turn_ptr(address, area, groups, offsets.data_ptr(), 0, scratch.data_ptr())
+            native.turn_ptr(address, *how, offsets.data_ptr(), 0, scratch.data_ptr())
         return _point(header, offsets, columns, scratch)
 
     @property
