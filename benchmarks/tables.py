@@ -239,7 +239,12 @@ RESULTS: dict[str, tuple[Callable[[Row], str | None], str, Callable[[Row], float
     ),
     "encoder": (lambda row: "MiniLM", "sparsity", lambda row: row["mean_cosine"], ".3f"),
     "efficientnet": (lambda row: "EfficientNet", "sparsity", lambda row: row["kl"], ".3g"),
-    "one_shot": (lambda row: row["part"], "sparsity", lambda row: 100 * row["accuracy"], ".2f"),
+    "one_shot": (
+        lambda row: f"once, {row['part']}",
+        "sparsity",
+        lambda row: 100 * row["accuracy"],
+        ".2f",
+    ),
 }
 """Results file -> what was measured (None: not shown), key of the target, figure and its form."""
 OTHER_NAMES = {"random": "random_pruning", "magnitude": "one_shot_magnitude"}
