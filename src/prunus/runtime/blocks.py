@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +16,9 @@ from torch import Tensor, fx, nn
 from prunus.runtime.candidates import run
 from prunus.runtime.epilogue import Fusing
 from prunus.runtime.forward import Forward
-from prunus.runtime.fuse import UNTRACEABLE, activation_name, plain
+from prunus.runtime.fuse import activation_name, plain
 from prunus.runtime.part import LinearPart
+from prunus.runtime.tracing import Tracer, quietly
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _IN_PLACE = (operator.iadd,)
@@ -55,7 +55,7 @@ class Fused:
     residuals: frozenset[str] = frozenset()
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Children are leaves, except plain nn.Sequential, which only calls one after another."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -149,12 +149,7 @@ def trace(block: nn.Module, calls: _Calls) -> fx.Graph | None:
     assert bound is not None
     defaults = {name: p.default for name, p in parameters.items() if name not in bound}
     before = _memory(block)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            graph = _Tracer().trace(block, concrete_args=defaults or None)
-    except UNTRACEABLE:
-        return None
+    graph = quietly(_Tracer(), block, defaults)
     # A forward pass that stores something, or a tensor made while tracing, is not in the graph.
     return graph if _memory(block) == before else None
 

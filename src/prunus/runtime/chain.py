@@ -23,9 +23,9 @@ from prunus.runtime.candidates import Calls
 from prunus.runtime.decide import Options, bucket_of, environment, rows_of, totals
 from prunus.runtime.epilogue import addable
 from prunus.runtime.forward import Forward
-from prunus.runtime.fuse import UNTRACEABLE
 from prunus.runtime.modules import SparseLinear
 from prunus.runtime.ops import blob_array
+from prunus.runtime.tracing import UNTRACEABLE
 from prunus.runtime.verify import difference
 
 MARGIN, REPACKED = 1.05, 1.1

@@ -18,6 +18,7 @@ from prunus.runtime.decide import Choose, Options, decide
 from prunus.runtime.epilogue import Fusing
 from prunus.runtime.measure import thread_count
 from prunus.runtime.plan import Plan, Row
+from prunus.runtime.tracing import UNTRACEABLE
 from prunus.runtime.verify import TOLERANCES, difference, expect_same, same_randomness
 from prunus.runtime.whole import Build, Form, whole
 from prunus.sites import unwrap
@@ -201,7 +202,7 @@ def _same(one: nn.Module, other: nn.Module, example: Any) -> bool:
     """Whether two models agree on the example; a rewritten one may refuse its arguments."""
     try:
         return difference(one, other, example) is None
-    except fuse.UNTRACEABLE:
+    except UNTRACEABLE:
         return False
 
 

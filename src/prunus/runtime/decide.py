@@ -33,6 +33,9 @@ Times = Mapping[int, Mapping[str, float]]
 
 MARGIN = 1.05
 """A way must be this many times faster than the best dense one to be taken in its place."""
+LEVEL = 0.95
+"""A direct layer may be this much slower than dense: between packed layers it needs no change of
+layout and becomes part of a network, which is worth more than the difference."""
 LAYER_BUDGET = 0.15
 """Seconds of measuring per layer and bucket."""
 MOST_BUCKETS = 8
@@ -179,8 +182,10 @@ def _verdict(seconds: Mapping[str, float], ways: Mapping[str, Candidate]) -> tup
     else:
         lost = ""
     base = min(plain, key=seconds.__getitem__)
+    if best == base and seconds[base] >= LEVEL * seconds.get(DIRECT, math.inf):
+        best = DIRECT
     ratio = seconds[base] / seconds[best]
-    if best in ways and ratio >= MARGIN:
+    if best in ways and ratio >= (LEVEL if best == DIRECT else MARGIN):
         return best, f"{ratio:.2f}x {DENSE}" + (f", sparse {lost}" if lost else "")
     return DENSE, lost or f"{best} {ratio:.2f}x, below {MARGIN}x"
 

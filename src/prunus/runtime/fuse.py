@@ -6,29 +6,15 @@ import copy
 import dataclasses
 import inspect
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import TraceError
 
 from prunus.runtime.candidates import KINDS, Call, Calls, first_of
-
-# What a forward pass that meets tracing proxies in place of tensors may fail with.
-UNTRACEABLE = (
-    TraceError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+from prunus.runtime.tracing import UNTRACEABLE, Tracer, quietly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +118,13 @@ def _foldable(layer: nn.Module, norm: nn.Module, calls: Mapping[Call, int]) -> b
 def _traced(model: nn.Module, example: Any) -> dict[str, str] | None:
     """{module: module that alone gets its output}, both called once; None if tracing fails."""
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            graph = fx.Tracer().trace(model, concrete_args=_defaults(model, example))
-            nodes = list(graph.nodes)
+        defaults = _defaults(model, example)
     except UNTRACEABLE:
         return None
+    graph = quietly(Tracer(), model, defaults)
+    if graph is None:
+        return None
+    nodes = list(graph.nodes)
     modules = dict(model.named_modules(remove_duplicate=False))
     count = Counter(id(modules[n.target]) for n in nodes if n.op == "call_module")
     read = {n.target.rpartition(".")[0] for n in nodes if n.op == "get_attr"}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import torch
 from torch import fx, nn
 
 from prunus import kernels
@@ -15,16 +13,17 @@ from prunus.runtime import candidates
 from prunus.runtime.assemble import assemble
 from prunus.runtime.decide import Options, environment, totals
 from prunus.runtime.forward import Forward
-from prunus.runtime.fuse import UNTRACEABLE, plain
+from prunus.runtime.fuse import plain
 from prunus.runtime.modules import SparseConv2d
 from prunus.runtime.network import Link, Network, contents
+from prunus.runtime.tracing import Tracer, quietly
 from prunus.runtime.verify import difference
 
 TOGETHER, APART = "together", "apart"
 _TRANSPARENT = (nn.Identity, nn.Dropout)
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Packed layers are leaves, as torch's own modules are."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -38,11 +37,8 @@ def describe(module: nn.Module, before: Forward | None = None) -> Network | None
         return None
     if not all(plain(child) for child in module.modules()):
         return None
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            graph = _Tracer().trace(module)
-    except UNTRACEABLE:
+    graph = quietly(_Tracer(), module)
+    if graph is None:
         return None
     links = _links(graph, dict(module.named_modules(remove_duplicate=False)))
     return None if links is None else Network(links, contents(module), before)

@@ -21,8 +21,9 @@ from prunus.runtime.attention import LayerNorm, attend
 from prunus.runtime.candidates import Call
 from prunus.runtime.decide import Options, environment, timed, totals
 from prunus.runtime.forward import Forward
-from prunus.runtime.fuse import UNTRACEABLE, plain
+from prunus.runtime.fuse import plain
 from prunus.runtime.tokens import simplify
+from prunus.runtime.tracing import UNTRACEABLE
 from prunus.runtime.verify import difference
 
 MARGIN = 1.05

@@ -66,10 +66,12 @@ def test_direct_is_timed_below_the_minimum_only_and_then_instead_of_csr(clock):
 
 
 @needs_native
-def test_direct_has_to_beat_torch_in_either_layout(clock):
+def test_direct_has_to_draw_level_with_torch_in_either_layout(clock):
     _, seconds = clock
-    seconds.update({DIRECT: 0.5, decide.APART: 0.51})
+    seconds.update({DIRECT: 0.5, decide.APART: 0.47})
     assert row().choice == "dense"
+    seconds[decide.APART] = 0.48
+    assert row().choice == DIRECT
     seconds[decide.APART] = 0.6
     assert row().choice == DIRECT
     seconds["dense"] = 0.4
