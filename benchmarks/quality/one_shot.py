@@ -5,9 +5,9 @@ python benchmarks/quality/one_shot.py --seeds 3
 
 For the methods that look at data or repair what stays, and for magnitude and random pruning of the
 same shapes. Five parts: single weights of LeNet-300-100, its hidden units, inputs of its second and
-third layer, weights of its last layer alone, and filters of the CNN. obd takes Hutchinson's diagonal
-for all layers and the exact one for the last, the only one that is small enough for obs. 1,000
-training images calibrate. One JSON line per run in results/one_shot.jsonl; what is there already is
+third layer, weights of its last layer alone, and filters of the CNN. obd takes Hutchinson's
+diagonal for all layers and the exact one for the last, the only one that is small enough for obs.
+1,000 training images calibrate. One JSON line per run in results/one_shot.jsonl; what is there already is
 not run again.
 """
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import prunus as pr
+from prunus import sites as sites_
 from prunus import structures
 from prunus.bench import Dataset, fashion_cnn, fashion_mnist, fit, lenet_300_100
 from prunus.core import Sparsifier
@@ -118,7 +119,7 @@ def pruned(
     model: nn.Module, part: Part, name: str, sparsity: float, batches: list[Batch], seed: int
 ) -> float:
     """Prune in place; the sparsity reached over the sites of this part."""
-    sites = [site.name for site in pr.sites.find(model)]
+    sites = [site.name for site in sites_.find(model)]
     spared = part.spared(sites)
     masks = pr.prune(
         model,
@@ -140,11 +141,8 @@ def run_part(
     asked = {"part": title, "seed": seed}
     tests = data.test_inputs, data.test_targets
     if rows.missing(out, asked | {"method": "dense"}):
-        rows.append(
-            out,
-            asked
-            | {"method": "dense", "sparsity": 0.0, "accuracy": round(accuracy(model, *tests), 4)},
-        )
+        found = round(accuracy(model, *tests), 4)
+        rows.append(out, asked | {"method": "dense", "sparsity": 0.0, "accuracy": found})
     for sparsity in part.sparsities:
         for name in part.methods:
             row = asked | {"method": name, "sparsity": sparsity}
