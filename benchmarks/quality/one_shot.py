@@ -7,7 +7,7 @@ For the methods that look at data or repair what stays, and for magnitude and ra
 same shapes. Five parts: single weights of LeNet-300-100, its hidden units, inputs of its second and
 third layer, weights of its last layer alone, and filters of the CNN. obd takes Hutchinson's
 diagonal for all layers and the exact one for the last, the only one that is small enough for obs.
-1,000 training images calibrate. One JSON line per run in results/one_shot.jsonl; what is there already is
+1,000 training images calibrate. One JSON line per run in results/one_shot.jsonl; what is there is
 not run again.
 """
 
@@ -37,7 +37,7 @@ from fashion_mnist import accuracy, loss, optimizer_of
 m = pr.methods
 Batch = tuple[Tensor, Tensor]
 Make = Callable[[float], Sparsifier]
-OUTPUTS: dict[str, Make] = {
+OUTPUTS: dict[str, Make | None] = {
     "magnitude": lambda s: m.one_shot_magnitude(s, structure=structures.channel(0)),
     "random": lambda s: m.random_pruning(s, structure=structures.channel(0)),
     "apoz": m.apoz,
@@ -51,7 +51,7 @@ OUTPUTS: dict[str, Make] = {
     "geometric_median": m.geometric_median,
     "nisp": m.nisp,
 }
-INPUTS: dict[str, Make] = {
+INPUTS: dict[str, Make | None] = {
     "magnitude": lambda s: m.one_shot_magnitude(s, structure=structures.channel(1)),
     "random": lambda s: m.random_pruning(s, structure=structures.channel(1)),
     "fold_constant": m.fold_constant,
@@ -60,7 +60,7 @@ INPUTS: dict[str, Make] = {
     "channel_lasso": m.channel_lasso,
     "greedy_forward": m.greedy_forward,
 }
-WEIGHTS: dict[str, Make] = {
+WEIGHTS: dict[str, Make | None] = {
     "magnitude": m.one_shot_magnitude,
     "random": m.random_pruning,
     "lamp": m.lamp,
@@ -75,8 +75,9 @@ WEIGHTS: dict[str, Make] = {
     "exact_obc": m.exact_obc,
     "alps": m.alps,
     "net_trim": m.net_trim,
+    "eigendamage": None,  # a procedure: it replaces layers by thin dense ones
 }
-SMALL: dict[str, Make] = {
+SMALL: dict[str, Make | None] = {
     "magnitude": m.one_shot_magnitude,
     "random": m.random_pruning,
     "obd": m.obd,
@@ -89,7 +90,7 @@ SMALL: dict[str, Make] = {
 class Part:
     """Methods, sparsities, the network, and which of its sites are left alone."""
 
-    methods: dict[str, Make]
+    methods: dict[str, Make | None]
     sparsities: tuple[float, ...]
     network: str
     spared: Callable[[list[str]], list[str]]
@@ -115,15 +116,24 @@ def trained(network: str, seed: int, data: Dataset, epochs: int) -> nn.Module:
     return model.eval()
 
 
+def weights(model: nn.Module) -> int:
+    """Of all matrices and filters."""
+    return sum(p.numel() for p in model.parameters() if p.dim() > 1)
+
+
 def pruned(
     model: nn.Module, part: Part, name: str, sparsity: float, batches: list[Batch], seed: int
 ) -> float:
     """Prune in place; the sparsity reached over the sites of this part."""
     sites = [site.name for site in sites_.find(model)]
-    spared = part.spared(sites)
+    spared, make = part.spared(sites), part.methods[name]
+    if make is None:
+        size = weights(model)
+        m.eigendamage(model, sparsity, batches=batches, loss=loss, exclude=spared)
+        return 1 - weights(model) / size
     masks = pr.prune(
         model,
-        part.methods[name](sparsity),
+        make(sparsity),
         inputs=batches[0][0],
         batches=batches,
         loss=loss,
