@@ -79,7 +79,10 @@ WHILE_TRAINING: dict[str, Make] = {
     "deep_rewiring": lambda s, n: m.deep_rewiring(s, n, lr=RATE),
     "top_kast": m.top_kast,
 }
+# How sparse this one gets comes out of the training: thresholds that reach about what is asked.
+THRESHOLDS = {0.8: 0.027, 0.9: 0.043, 0.95: 0.065, 0.98: 0.1}
 LATER: dict[str, Make] = {
+    "rising_threshold": lambda s, n: m.rising_threshold(THRESHOLDS[s], n),
     "feedback": m.feedback,
     "dynamic_surgery": m.dynamic_surgery,
     "neural_wirings": m.neural_wirings,
