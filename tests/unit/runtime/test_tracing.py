@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import threading
@@ -155,6 +156,25 @@ def _model(seed: int) -> nn.Module:
     model = nn.Sequential(*parts).eval().requires_grad_(False)
     prune(model, one_shot_magnitude(0.7))
     return model
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_copies_of_rewritten_graph_modules_keep_what_was_fused(wrapped):
+    """fx.GraphModule copies itself by writing its forward pass anew."""
+    model, x = _model(3), torch.randn(2, 3, 6, 6)
+    traced: nn.Module = fx.symbolic_trace(model)
+    traced = nn.Sequential(traced, nn.Identity()) if wrapped else traced
+    fast: Any = compile(traced, x, choose=lambda layer: "csr")
+    assert any("residual" in row.fused for row in fast.plan.rows)
+    for made in (fast, copy.deepcopy(fast), copy.copy(fast), copy.deepcopy(copy.deepcopy(fast))):
+        torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
+    last: Any = compile(fast, x, choose=lambda layer: "csr")
+    torch.testing.assert_close(last(x), model(x), rtol=1e-4, atol=1e-5)
+    again = copy.deepcopy(fast)
+    with torch.no_grad():
+        for buffer in again.buffers():
+            buffer.zero_()
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_models_compile_while_others_run(monkeypatch, tmp_path):
