@@ -17,7 +17,7 @@ from torch.fx._symbolic_trace import is_fx_tracing
 
 from prunus.drive import prune
 from prunus.methods import one_shot_magnitude
-from prunus.runtime import compile, tracing
+from prunus.runtime import compile, part, tracing
 from prunus.runtime.tracing import Tracer, quietly
 
 
@@ -175,6 +175,15 @@ def test_copies_of_rewritten_graph_modules_keep_what_was_fused(wrapped):
         for buffer in again.buffers():
             buffer.zero_()
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_scopes_of_graph_modules_are_copied():
+    model = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    part.redirect(model)
+    made, x = copy.deepcopy(model), torch.randn(2, 4)
+    assert type(made) is type(model)
+    assert made.get_submodule("0") is not model.get_submodule("0")
+    torch.testing.assert_close(made(x), model(x))
 
 
 def test_models_compile_while_others_run(monkeypatch, tmp_path):
