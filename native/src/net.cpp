@@ -1,6 +1,7 @@
 #include "net.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "pool.h"
@@ -41,27 +42,27 @@ bool run_image(const NetCall& net, int64_t image, int threads) {
   return true;
 }
 
+// Images that are taken one by one by whoever is free.
 struct Images {
   const NetCall& net;
-  int parts;
+  const int64_t count;
+  std::atomic<int64_t> next;
 };
 
-bool run_some(void* context, int index) {
-  const auto& [net, parts] = *static_cast<const Images*>(context);
-  const int64_t end = net.images * (index + 1) / parts;
-  for (int64_t image = net.images * index / parts; image < end; ++image)
-    if (!run_image(net, image, 1)) return false;
+bool run_some(void* context, int) {
+  auto& images = *static_cast<Images*>(context);
+  for (int64_t i = images.next.fetch_add(1); i < images.count; i = images.next.fetch_add(1))
+    if (!run_image(images.net, i, 1)) return false;
   return true;
 }
 
 }  // namespace
 
+// As many images as all threads can share evenly go one to a thread, the rest one after another.
 bool run_net(const NetCall& net) {
-  if (net.threads > 1 && net.images % net.threads == 0) {
-    Images images{net, net.threads};
-    return run_parts(images.parts, run_some, &images);
-  }
-  for (int64_t image = 0; image < net.images; ++image)
+  Images images{net, net.threads > 1 ? net.images / net.threads * net.threads : 0, {0}};
+  if (images.count > 0 && !run_parts(net.threads, run_some, &images)) return false;
+  for (int64_t image = images.count; image < net.images; ++image)
     if (!run_image(net, image, net.threads)) return false;
   return true;
 }

@@ -20,21 +20,27 @@ inline Vec load_point(const float* from, int v, int64_t rest) {
   return v + 1 < V || rest >= kLanes ? load(from + v * kLanes) : load_n(from + v * kLanes, rest);
 }
 
-// sums += the non-zeros i, i + 1, ... up to `end` of a row, S of them at a time in sums of their own.
-template <int V, int S, bool Whole>
-inline uint32_t add_points(const Points& p, uint32_t i, uint32_t end, Vec (&sums)[2][V]) {
-  const Weight& w = p.task.w;
-  for (; i + S <= end; i += S) {
-#pragma GCC unroll 2
-    for (int s = 0; s < S; ++s) {
-      const Vec weight = broadcast(w.values[i + s]);
-      const float* from = p.x + w.columns[i + s] * p.task.ldx;
+template <int V, bool Whole>
+inline void add_point(const Points& p, Vec weight, uint64_t column, Vec (&sums)[V]) {
+  const float* from = p.x + static_cast<int64_t>(column) * p.task.ldx;
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v)
-        sums[s][v] = fma(weight, load_point<V>(from, v, Whole ? kLanes : p.rest_in), sums[s][v]);
-    }
+  for (int v = 0; v < V; ++v)
+    sums[v] = fma(weight, load_point<V>(from, v, Whole ? kLanes : p.rest_in), sums[v]);
+}
+
+// sums += the non-zeros i to `end` of a row, in S sums by turns.
+template <int V, int S, bool Whole>
+inline void add_points(const Points& p, uint32_t i, uint32_t end, Vec (&sums)[2][V]) {
+  const Weight& w = p.task.w;
+  for (; i + kQuad <= end; i += kQuad) {
+    const Quad weights = load_quad(w.values + i);
+    const uint64_t quad = load_columns(w.columns + i);
+    add_point<V, Whole>(p, repeat<0>(weights), quad & 0xFFFF, sums[0]);
+    add_point<V, Whole>(p, repeat<1>(weights), quad >> 16 & 0xFFFF, sums[S - 1]);
+    add_point<V, Whole>(p, repeat<2>(weights), quad >> 32 & 0xFFFF, sums[0]);
+    add_point<V, Whole>(p, repeat<3>(weights), quad >> 48, sums[S - 1]);
   }
-  return i;
+  for (; i < end; ++i) add_point<V, Whole>(p, broadcast(w.values[i]), w.columns[i], sums[0]);
 }
 
 inline Vec finish_point(const Points& p, Vec value) {
@@ -64,19 +70,19 @@ inline void point_rows(const Points& p, int64_t begin, int64_t end) {
   const uint32_t* offsets = task.w.offsets;
   for (int64_t row = begin; row < end; ++row) {
     const Vec bias = task.bias ? broadcast(task.bias[row]) : zero();
-    uint32_t i = offsets[row];
-    const uint32_t stop = offsets[row + 1];
+    const uint32_t start = offsets[row], stop = offsets[row + 1];
     Vec sums[2][V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sums[0][v] = bias;
-    if (stop - i >= kLongRow) {
+    if (stop - start >= kLongRow) {
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sums[1][v] = zero();
-      i = add_points<V, 2, Whole>(p, i, stop, sums);
+      add_points<V, 2, Whole>(p, start, stop, sums);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sums[0][v] = add(sums[0][v], sums[1][v]);
+    } else {
+      add_points<V, 1, Whole>(p, start, stop, sums);
     }
-    add_points<V, 1, Whole>(p, i, stop, sums);
     finish_points<V>(p, row, sums[0]);
   }
 }

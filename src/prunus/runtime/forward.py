@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import types
@@ -39,6 +40,7 @@ class Forward:
             "__reduce_ex__": lambda module, _: (_revived, (base, self), state_of(module)),
             "forward": scope["forward"],
             "prunus_forward": self,
+            **copiers(base),
         }
         return cast("type[nn.Module]", type(base.__name__, (base,), members))
 
@@ -51,6 +53,28 @@ class Forward:
             for name, value in self.names.items()
         }
         return _restored, (self.source, plain)
+
+
+def copiers(base: type[nn.Module]) -> dict[str, Any]:
+    """Members to copy instances by, where the base class has ways of its own.
+
+    That of fx.GraphModule writes the forward pass anew from its graph, which the rewritten one is
+    not in.
+    """
+
+    def filled(module: nn.Module, memo: dict[int, Any] | None) -> nn.Module:
+        make, arguments, state = cast("tuple[Any, ...]", module.__reduce_ex__(4))
+        made = make(*arguments)
+        if memo is not None:
+            memo[id(module)] = made
+        made.__setstate__(dict(state) if memo is None else copy.deepcopy(state, memo))
+        return made
+
+    ways: dict[str, Any] = {
+        "__deepcopy__": filled,
+        "__copy__": lambda module: filled(module, None),
+    }
+    return {name: way for name, way in ways.items() if hasattr(base, name)}
 
 
 class _Module(str):
@@ -68,8 +92,13 @@ def _restored(source: str, names: dict[str, Any]) -> Forward:
 
 def _revived(base: type[nn.Module], forward: Forward) -> nn.Module:
     """An empty instance, to be filled with its state."""
-    made = forward.subclass(base)
-    return cast(nn.Module, made.__new__(made))
+    return empty(forward.subclass(base))
+
+
+def empty(kind: type[nn.Module]) -> nn.Module:
+    """An instance without state; fx.GraphModule would make it one of another class."""
+    plain = issubclass(kind, fx.GraphModule)
+    return cast(nn.Module, nn.Module.__new__(kind) if plain else kind.__new__(kind))
 
 
 def state_of(module: nn.Module) -> Any:

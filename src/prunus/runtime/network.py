@@ -21,7 +21,7 @@ from torch.nn.modules import module as globals_of_modules
 from prunus import kernels
 from prunus.errors import PrunusError, ShapeError
 from prunus.kernels import INPUT, Step
-from prunus.runtime.forward import Forward, state_of
+from prunus.runtime.forward import Forward, copiers, empty, state_of
 from prunus.runtime.modules import SparseConv2d
 from prunus.runtime.ops import kept_geometry
 from prunus.runtime.weight import observed
@@ -69,6 +69,7 @@ class Network(Forward):
             "__reduce_ex__": lambda module, _: (_revived, (base, self), state_of(module)),
             "forward": forward,
             "prunus_forward": self,
+            **copiers(base),
         }
         return cast("type[nn.Module]", type(base.__name__, (inner,), members))
 
@@ -96,8 +97,7 @@ class Network(Forward):
 
 def _revived(base: type[nn.Module], network: Network) -> nn.Module:
     """An empty instance, to be filled with its state."""
-    made = network.subclass(base)
-    return cast(nn.Module, made.__new__(made))
+    return empty(network.subclass(base))
 
 
 def contents(module: nn.Module) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunus.errors import ShapeError
 from prunus.runtime.attention import Redirect
-from prunus.runtime.forward import state_of
+from prunus.runtime.forward import copiers, empty, state_of
 from prunus.runtime.modules import SparseLinear
 
 
@@ -188,11 +188,11 @@ def _scoped(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "__reduce_ex__": lambda module, _: (_revived, (base,), state_of(module)),
         "forward": forward,
+        **copiers(base),
     }
     return cast("type[nn.Module]", type(base.__name__, (base,), members))
 
 
 def _revived(base: type[nn.Module]) -> nn.Module:
     """An empty instance, to be filled with its state."""
-    made = _scoped(base)
-    return cast(nn.Module, made.__new__(made))
+    return empty(_scoped(base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import threading
@@ -16,7 +17,7 @@ from torch.fx._symbolic_trace import is_fx_tracing
 
 from prunus.drive import prune
 from prunus.methods import one_shot_magnitude
-from prunus.runtime import compile, tracing
+from prunus.runtime import compile, part, tracing
 from prunus.runtime.tracing import Tracer, quietly
 
 
@@ -155,6 +156,34 @@ def _model(seed: int) -> nn.Module:
     model = nn.Sequential(*parts).eval().requires_grad_(False)
     prune(model, one_shot_magnitude(0.7))
     return model
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_copies_of_rewritten_graph_modules_keep_what_was_fused(wrapped):
+    """fx.GraphModule copies itself by writing its forward pass anew."""
+    model, x = _model(3), torch.randn(2, 3, 6, 6)
+    traced: nn.Module = fx.symbolic_trace(model)
+    traced = nn.Sequential(traced, nn.Identity()) if wrapped else traced
+    fast: Any = compile(traced, x, choose=lambda layer: "csr")
+    assert any("residual" in row.fused for row in fast.plan.rows)
+    for made in (fast, copy.deepcopy(fast), copy.copy(fast), copy.deepcopy(copy.deepcopy(fast))):
+        torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
+    last: Any = compile(fast, x, choose=lambda layer: "csr")
+    torch.testing.assert_close(last(x), model(x), rtol=1e-4, atol=1e-5)
+    again = copy.deepcopy(fast)
+    with torch.no_grad():
+        for buffer in again.buffers():
+            buffer.zero_()
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_scopes_of_graph_modules_are_copied():
+    model = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    part.redirect(model)
+    made, x = copy.deepcopy(model), torch.randn(2, 4)
+    assert type(made) is type(model)
+    assert made.get_submodule("0") is not model.get_submodule("0")
+    torch.testing.assert_close(made(x), model(x))
 
 
 def test_models_compile_while_others_run(monkeypatch, tmp_path):
