@@ -92,8 +92,9 @@ std::unique_ptr<float[]> noise(int64_t count) {
 }
 
 // A token with NaN reaches the outputs that keep a weight on it, and no others.
-bool right(const Case& c, const Packed& p, const float* x, double start, int64_t r, double got) {
-  double exact = start, scale = std::fabs(start);
+bool right(const Case& c, const Packed& p, const float* x, double bias, double residual, int64_t r,
+           double got) {
+  double exact = bias + residual, scale = std::fabs(bias) + std::fabs(residual);
   for (int64_t i = 0; i < c.k; ++i) {
     const double weight = p.dense[r * c.k + i];
     if (weight == 0.0) continue;
@@ -116,9 +117,8 @@ bool run_case(const Case& c) {
   if (!ok) return false;
   for (int64_t t = 0; t < c.n; ++t)
     for (int64_t r = 0; r < c.m; ++r) {
-      const double start =
-          (c.bias ? bias[r] : 0.0) + (c.residual ? residual[t * c.m + r] : 0.0);
-      if (right(c, p, x.get() + t * c.k, start, r, y[t * c.m + r])) continue;
+      const double first = c.bias ? bias[r] : 0.0, added = c.residual ? residual[t * c.m + r] : 0.0;
+      if (right(c, p, x.get() + t * c.k, first, added, r, y[t * c.m + r])) continue;
       std::printf("%s n:m of %ld slots%s m=%ld k=%ld n=%ld: y[%ld, %ld] = %g\n",
                   kernels_at(c.isa).isa, static_cast<long>(c.slots), c.half ? " bf16" : "",
                   static_cast<long>(c.m), static_cast<long>(c.k), static_cast<long>(c.n),
