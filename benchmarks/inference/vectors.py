@@ -1,4 +1,4 @@
-"""Structured linear layers (vector(V, 1), block, 2:4) against dense, unstructured CSR and peers.
+"""Structured linear layers (vector(V, 1), block, n:m) against dense, unstructured CSR and peers.
 
 Figure: vector(16, 1) at .8 and .9, 128 and 512 tokens, as a share of the FMA peak measured in the
 same run. No machine of the project has AMX: its kernels are proved in software, not timed.
@@ -28,10 +28,11 @@ from prunus.core import Structure
 from prunus.kernels.vectors import HEIGHTS
 from prunus.runtime import SparseLinear
 from prunus.runtime.groups import grouped_layer
+from prunus.runtime.nm import nm_layer, suits_nm
 
 SHAPES = ((512, 512), (768, 768), (3072, 768), (768, 3072), (2048, 2048), (4096, 4096))
 TOKENS = (128, 512)
-SPARSITIES = (0.5, 0.8, 0.9)
+SPARSITIES = (0.5, 0.75, 0.8, 0.9)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "int8": 5e-2}  # of the largest output
 
 
@@ -52,7 +53,11 @@ def structured(sparsity: float) -> dict[str, Structure]:
     """The structures of one sparsity."""
     found = {f"vector({height}, 1)": structures.vector(height) for height in HEIGHTS}
     found |= {"block(16, 4)": structures.block(16, 4), "element": structures.element()}
-    return found | ({"2:4": structures.n_of_m(2, 4)} if sparsity == 0.5 else {})
+    return found | {
+        f"{n}:{m}": structures.n_of_m(n, m)
+        for n, m, share in ((2, 4, 0.5), (4, 8, 0.5), (1, 4, 0.75), (2, 8, 0.75))
+        if share == sparsity
+    }
 
 
 def ways(layer: nn.Linear, name: str) -> dict[str, nn.Module]:
@@ -63,6 +68,8 @@ def ways(layer: nn.Linear, name: str) -> dict[str, nn.Module]:
         made["groups"] = grouped_layer(layer)
         made["groups bf16"] = grouped_layer(layer, torch.bfloat16)
         made["groups int8"] = grouped_layer(layer, torch.int8)
+    if suits_nm(layer):
+        made["n:m"], made["n:m bf16"] = nm_layer(layer), nm_layer(layer, torch.bfloat16)
     return made
 
 

@@ -53,6 +53,7 @@ struct Task {
   const Attention* attention;  // begin_row and end_row count blocks of queries
   const LayerNorm* norm;       // they count its rows
   const Vectors* vectors;  // of a product of groups; w holds the shape only
+  const struct NmWeight* nm;  // of an n:m product, whose panels have `panel` tokens
   float* workspace;  // 64-byte aligned, workspace_floats() long
   bool panel_in, panel_out;  // of a weight in tiles and one panel: x and y are panels themselves
   int64_t skew;  // of a convolution: floats that planes of the residual lie further apart than of y

@@ -12,6 +12,7 @@
 #include "dispatch.h"
 #include "module.h"
 #include "module_attention.h"
+#include "nm.h"
 
 namespace nb = nanobind;
 using namespace prunus;
@@ -142,12 +143,26 @@ void bitmap_ptr(uintptr_t blob, const Call& call) {
   if (!ok) throw std::bad_alloc();
 }
 
+void nm_ptr(const NmWeight& weight, const Call& call) {
+  bool ok;
+  {
+    nb::gil_scoped_release release;
+    ok = run_nm({weight, call.x, call.y, call.n, call.bias, call.residual, call.flags,
+                 call.threads, call.kernels});
+  }
+  if (!ok) throw std::bad_alloc();
+}
+
 void linear_ptr(uintptr_t blob, uintptr_t x, uintptr_t y, int64_t n, uintptr_t bias,
                 uint32_t flags, int threads, int isa, uintptr_t residual) {
   if (blob != 0 && blob % 8 == 0 && is_bitmap(*reinterpret_cast<const BlobHeader*>(blob)))
     return bitmap_ptr(blob, checked_options(reinterpret_cast<const BlobHeader*>(blob)->rows,
                                             reinterpret_cast<const BlobHeader*>(blob)->cols, x, y,
                                             n, bias, residual, flags, threads, isa));
+  if (blob != 0 && blob % 8 == 0 && is_nm(*reinterpret_cast<const BlobHeader*>(blob))) {
+    const NmWeight w = open_nm(reinterpret_cast<const void*>(blob));
+    return nm_ptr(w, checked_options(w.rows, w.cols, x, y, n, bias, residual, flags, threads, isa));
+  }
   Call call = checked_call(blob, x, y, n, bias, residual, flags, threads, isa);
   call.layout = Layout::tokens;
   call.ldx = call.w.cols;

@@ -293,6 +293,8 @@ int attention_cases(int* done);  // driver_attention.cpp
 
 int net_cases(int* done);  // driver_net.cpp
 
+int nm_cases(int* done);  // driver_nm.cpp
+
 int main() {
   set_grain(1);
   const int64_t sizes[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 53, 63, 64, 65, 97, 131};
@@ -325,6 +327,7 @@ int main() {
   failed += vector_cases(&done);
   failed += attention_cases(&done);
   failed += net_cases(&done);
+  failed += nm_cases(&done);
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);
   return failed != 0;
 }

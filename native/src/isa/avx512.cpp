@@ -8,6 +8,7 @@
 
 #include "bitmap.h"
 #include "kernel.h"
+#include "nm.h"
 
 #ifndef PRUNUS_TABLE
 #define PRUNUS_TABLE kernels_avx512
@@ -148,6 +149,7 @@ inline Vec sum_lanes(Vec (&b)[kLanes]) {
 #include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
 #include "kernels/bytes-inl.h"
+#include "kernels/nm-inl.h"
 #ifdef PRUNUS_PAIRS
 #include "kernels/pairs-inl.h"
 #endif

@@ -3,6 +3,7 @@
 
 #include "bitmap.h"
 #include "kernel.h"
+#include "nm.h"
 
 namespace prunus {
 
@@ -137,6 +138,7 @@ inline float total(const Partial& p) {
 #include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
 #include "kernels/bytes-inl.h"
+#include "kernels/nm-inl.h"
 #include "kernels/conv-inl.h"
 #include "kernels/depthwise-inl.h"
 #include "kernels/depthwise3-inl.h"

@@ -3,6 +3,7 @@
 
 #include "bitmap.h"
 #include "kernel.h"
+#include "nm.h"
 
 #ifndef PRUNUS_TABLE
 #define PRUNUS_TABLE kernels_scalar
@@ -145,6 +146,7 @@ inline float total(const Partial& p) { return (p.lane[0] + p.lane[1]) + (p.lane[
 #include "kernels/tiled-inl.h"
 #include "kernels/vectors-inl.h"
 #include "kernels/bytes-inl.h"
+#include "kernels/nm-inl.h"
 #ifdef PRUNUS_TILES
 #include "kernels/tiles-emulated-inl.h"
 #include "kernels/tiles-inl.h"

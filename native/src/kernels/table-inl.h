@@ -32,6 +32,12 @@ void vectors_planes_i8(const Task& task) { vectors<Planes, QuadBytes>(task); }
 void vectors_tokens_i8(const Task& task) { vectors<Tokens, RoundedBytes>(task); }
 void vectors_planes_i8(const Task& task) { vectors<Planes, RoundedBytes>(task); }
 #endif
+void nm_f32(const Task& task) { nm_product<NmSingle>(task); }
+#if defined(PRUNUS_PAIRS)
+void nm_bf16(const Task& task) { nm_product<NmPair>(task); }
+#else
+void nm_bf16(const Task& task) { nm_product<NmHalf>(task); }
+#endif
 void tiled_tokens_f32(const Task& task) {
   if (task.panel_in) {
     task.panel_out ? tiled<Panel, Panel>(task) : tiled<Panel, Tokens>(task);

@@ -24,6 +24,7 @@ from prunus.kernels.geometry import Geometry, conv_block
 from prunus.kernels.grouping import Grouping, grouping
 from prunus.kernels.kinds import info, unpack, validate
 from prunus.kernels.network import INPUT, Arrangement, Step, arrange, network, network_ptr
+from prunus.kernels.nm import pack_nm, window_slots
 from prunus.kernels.transformer import (
     ADDED,
     ALLOWED,
@@ -69,6 +70,7 @@ __all__ = [
     "network",
     "network_ptr",
     "pack",
+    "pack_nm",
     "pack_vectors",
     "planes_ptr",
     "reference",
@@ -79,4 +81,5 @@ __all__ = [
     "transpose",
     "unpack",
     "validate",
+    "window_slots",
 ]

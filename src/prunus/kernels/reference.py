@@ -64,7 +64,7 @@ def matmul_planes(
     head = kinds.info(blob)
     total = np.zeros((head.rows, x.shape[1]))
     rows, columns, values = kinds.entries(blob)
-    if head.kind == "vectors_bf16":
+    if head.kind in ("vectors_bf16", "nm_bf16"):
         x = vector_values.from_bf16(vector_values.to_bf16(x))
     if head.kind == "vectors_i8":
         x, kept = vector_values.rounded_tokens(x), values != 0

@@ -16,6 +16,7 @@ from prunus.runtime.dense import DenseLayer
 from prunus.runtime.epilogue import Fusing
 from prunus.runtime.groups import grouped_layer, grouping_of
 from prunus.runtime.modules import SparseConv2d, SparseLinear
+from prunus.runtime.nm import nm_layer, suits_nm
 from prunus.runtime.plan import (
     BITMAP,
     BITMAP_BF16,
@@ -23,6 +24,7 @@ from prunus.runtime.plan import (
     DENSE_BF16,
     DIRECT,
     GROUPS,
+    NM,
     SPARSE,
     TILED,
     Layer,
@@ -101,6 +103,14 @@ TABLE = (
         lambda module: grouped_layer(module, torch.int8),
         fits=lambda module: grouping_of(module) is not None and is_finite(module.weight),
         dtype=torch.int8,
+    ),
+    Candidate(NM, LINEAR, lambda module: nm_layer(module), fits=lambda module: suits_nm(module)),
+    Candidate(
+        f"{NM} bf16",
+        LINEAR,
+        lambda module: nm_layer(module, torch.bfloat16),
+        fits=lambda module: suits_nm(module),
+        dtype=torch.bfloat16,
     ),
     Candidate(
         DENSE_BF16,
