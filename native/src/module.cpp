@@ -335,6 +335,7 @@ NB_MODULE(_native, m) {
         nb::arg("out_ptr"), nb::arg("n"), nb::arg("tokens"), nb::arg("accumulate"),
         nb::arg("threads"), nb::arg("ldx"), nb::arg("ldg"), nb::arg("isa") = -1);
   bind_convolutions(m);
+  bind_moves(m);
   m.def("turn_ptr", &turn_ptr, nb::arg("blob_ptr"), nb::arg("area"), nb::arg("groups"),
         nb::arg("phases"), nb::arg("width"), nb::arg("into_ptr"), nb::arg("offsets_ptr"),
         nb::arg("columns_ptr") = 0, nb::arg("values_ptr") = 0);

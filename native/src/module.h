@@ -26,5 +26,6 @@ void execute(const Call& call);
 void execute(const SampledCall& call);
 
 void bind_convolutions(nanobind::module_& m);
+void bind_moves(nanobind::module_& m);
 
 }  // namespace prunus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from prunus import growth
 from prunus.core import Sparsifier
 from prunus.errors import AttachError, CompositionError, ValueRangeError
 from prunus.training.candidates import LargestGradients, attached_places, free_places, top
-from prunus.training.functions import outer_rows
+from prunus.training.functions import Outer
 from prunus.training.layers import SparseWeight, TrainableConv2d
 from prunus.training.recipes import At, Move, Recipe, Stored, exchange
 from prunus.training.topology import check_topology, layers_of, rewire
@@ -44,6 +45,7 @@ class Dynamic:
         self.recipe, self.seed, self.step = recipe, seed, 0
         self.memory: dict[str, float] = dict(recipe.memory)
         self._watches: dict[str, LargestGradients] = {}
+        self._passes: dict[str, int] = {}  # most backward passes between two steps
         self._hooks: list[Any] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -79,17 +81,34 @@ class Dynamic:
             layer.watch = None
 
     def _prepare(self) -> None:
-        """Watch gradients or activities outside of the pattern where the coming step needs them."""
+        """Watch gradients or activities outside of the pattern where the coming step needs them.
+
+        At other steps passes are counted only, so that the move knows how many make up a step.
+        """
         self._forget()
         grow = self.recipe.grow
-        if grow not in ("gradient", "hebbian") or not self.recipe.due(self.step):
+        if grow not in ("gradient", "hebbian"):
             return
+        due = self.recipe.due(self.step)
         for name, layer in self.layers.items():
-            self._watches[name] = watch = LargestGradients(layer.pattern, self._most(layer))
+            count = self._most(layer) if due else 0
+            passes = self._passes.get(name, 0) if count else 1
+            self._watches[name] = watch = LargestGradients(layer.pattern, count, passes)
             if grow == "gradient":
                 layer.watch = watch
             else:
                 self._hooks.append(layer.register_forward_hook(_active(watch)))
+
+    def _complete(self) -> bool:
+        """Whether the watches saw all passes of this step; else warn."""
+        missed = [n for n, w in self._watches.items() if w.best.count and not w.complete]
+        if missed:
+            warnings.warn(
+                f"step {self.step} had more backward passes than any before: connections of "
+                f"{', '.join(missed)} and the other layers stay where they are until the next move",
+                stacklevel=4,
+            )
+        return not missed
 
     def _grown(self, name: str, layer: SparseWeight, count: int) -> Tensor:
         key = (self.seed, self.step, name, "grow")
@@ -97,11 +116,11 @@ class Dynamic:
             return free_places(layer.pattern, count, key)
         if self.recipe.grow == "preferential":
             return attached_places(layer.pattern, count, key, math.prod(layer.shape[2:]))
-        return self._watches[name].best.take(count)
+        return self._watches[name].find().take(count)
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *rest: Any) -> None:
-        if not self.recipe.due(self.step):
+        if not self.recipe.due(self.step) or not self._complete():
             return
         stored = {name: _stored(layer) for name, layer in self.layers.items()}
         moves, memory = self.recipe.plan(stored, At(self.step, self.seed, self.memory))
@@ -127,6 +146,8 @@ class Dynamic:
         return True
 
     def _after_step(self, optimizer: Optimizer, *rest: Any) -> None:
+        for name, watch in self._watches.items():
+            self._passes[name] = max(self._passes.get(name, 0), watch.seen)
         self.step += 1
         self._prepare()
 
@@ -142,7 +163,8 @@ def _active(watch: LargestGradients) -> Callable[[nn.Module, Any, Tensor], None]
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         window = module.window if isinstance(module, TrainableConv2d) else None
-        watch(outer_rows(args[0].detach(), output.detach(), window))
+        if torch.is_grad_enabled():
+            watch(Outer(args[0].detach(), output.detach(), window, (True, True)))
 
     return hook
 

@@ -10,14 +10,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
 
 from prunus.training.convolution import can_turn, convolve, convolve_back, sampled_convolution
 from prunus.training.pattern import Pattern
 from prunus.training.products import multiply, multiply_transposed, runs_native, sampled
 from prunus.training.window import Pair, Window
 
-Rows = Callable[[int, int], Tensor]
-"""(begin, end) -> rows of the dense gradient to the weight, [end - begin, K]."""
+
+@dataclass(frozen=True)
+class Outer:
+    """y^T x over all examples [..., features], or of what a convolution's window sees: by rows.
+
+    lent: whether x, and y, may change once this pass is over.
+    """
+
+    x: Tensor
+    y: Tensor
+    window: Window | None = None
+    lent: tuple[bool, bool] = (False, False)
+
+    def __call__(self, begin: int, end: int, step: int = 1, out: Tensor | None = None) -> Tensor:
+        """Rows [begin, end) of the product, every step-th (without groups), [rows, K].
+
+        out: room for them, which need not be taken.
+        """
+        x, y = self.x, self.y
+        if self.window is not None:
+            x, y = (t if t.dim() == 4 else t.unsqueeze(0) for t in (x, y))
+            return _rows(x, y, self.window, begin, end, step)
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        return torch.mm(y[:, begin:end:step].t(), x, out=out)
+
+    def held(self) -> Outer:
+        """The same, for later."""
+        x, y = (
+            t.clone() if lent else t for t, lent in zip((self.x, self.y), self.lent, strict=True)
+        )
+        return Outer(x, y, self.window)
 
 
 @dataclass(frozen=True)
@@ -29,7 +59,7 @@ class Way:
 
     pattern: Pattern
     native: bool = True
-    watch: Callable[[Rows], None] | None = None
+    watch: Callable[[Outer], None] | None = None
     forward_set: Tensor | None = None
 
     def used(self, values: Tensor) -> Tensor:
@@ -56,7 +86,7 @@ class LinearStep(torch.autograd.Function):
         pattern, native = ctx.way.pattern, ctx.way.native
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         if ctx.way.watch is not None:
-            ctx.way.watch(outer_rows(x, g))
+            ctx.way.watch(Outer(x, g, lent=(not want_x, False)))
         used = ctx.way.used(values)
         grad_x = multiply_transposed(pattern, used, g, native=native) if want_x else None
         grad_values = sampled(pattern, x, g, native=native) if want_values else None
@@ -97,20 +127,11 @@ class ConvolutionStep(torch.autograd.Function):
         way, window = ctx.way, ctx.window
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         if way.watch is not None:
-            way.watch(outer_rows(x, g, window))
+            way.watch(Outer(x, g, window, (not want_x, False)))
         grad_x = _input_gradient(way, way.used(values), x, g, window) if want_x else None
         grad_values = _value_gradient(way, values, x, g, window) if want_values else None
         grad_x = None if grad_x is None else grad_x.to(given.dtype)
         return grad_x, grad_values, g.sum((0, 2, 3)) if want_bias else None, None, None
-
-
-def outer_rows(x: Tensor, y: Tensor, window: Window | None = None) -> Rows:
-    """Rows of y^T x over all examples [..., features], or of what a convolution's window sees."""
-    if window is not None:
-        x, y = (t if t.dim() == 4 else t.unsqueeze(0) for t in (x, y))
-        return lambda begin, end: _rows(x, y, window, begin, end)
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    return lambda begin, end: y[:, begin:end].t() @ x
 
 
 def share(group: int, window: Window, channels: int) -> slice:
@@ -124,18 +145,19 @@ def _parts(x: Tensor, g: Tensor, window: Window) -> list[slice]:
     return images(x, rows, (g.shape[2], g.shape[3]))
 
 
-def _rows(x: Tensor, g: Tensor, window: Window, begin: int, end: int) -> Tensor:
+def _rows(x: Tensor, g: Tensor, window: Window, begin: int, end: int, step: int) -> Tensor:
     """Rows [begin, end) of the dense gradient to the weight."""
-    width = x.shape[1] // window.groups * window.kernel[0] * window.kernel[1]
-    total = x.new_zeros(end - begin, width)
+    parts = []
     for i in range(window.groups):
         mine = share(i, window, g.shape[1])
         low, high = max(begin, mine.start), min(end, mine.stop)
-        for part in _parts(x, g, window) if low < high else ():
-            columns = seen(x[part][:, share(i, window, x.shape[1])], window)
-            planes = g[part][:, low:high].transpose(0, 1).flatten(1)
-            total[low - begin : high - begin] += planes @ columns.t()
-    return total
+        if low < high:
+            seen_by = x[:, share(i, window, x.shape[1])]
+            mine = g[:, low:high:step]
+            shape = (mine.shape[1], seen_by.shape[1], *window.kernel)
+            given: Any = (window.stride, window.padding, window.dilation)
+            parts.append(conv2d_weight(seen_by, shape, mine, *given).flatten(1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _input_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Window) -> Tensor:

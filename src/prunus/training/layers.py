@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunus import rng
 from prunus.arguments import check_sparsity
 from prunus.errors import FormatError, ShapeError
-from prunus.training.functions import ConvolutionStep, LinearStep, Rows, Way
+from prunus.training.functions import ConvolutionStep, LinearStep, Outer, Way
 from prunus.training.pattern import Pattern
 from prunus.training.window import Pair, Window
 
@@ -54,7 +54,7 @@ class SparseWeight(nn.Module):
         self.values = nn.Parameter(values.detach().clone().contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.native = True
-        self.watch: Callable[[Rows], None] | None = None
+        self.watch: Callable[[Outer], None] | None = None
         self.forward_set: Tensor | None = None
 
     @property

@@ -11,6 +11,7 @@ from prunus.errors import DisagreementError, ValueRangeError
 from prunus.sites import unwrap
 from prunus.training.layers import SparseWeight
 from prunus.training.pattern import Pattern
+from prunus.training.products import NATIVE
 
 
 @torch.no_grad()
@@ -22,25 +23,17 @@ def rewire(layer: SparseWeight, optimizer: Optimizer, drop: Tensor, grow: Tensor
     changes, the parameter becomes another object, in the optimizer too: autograd remembers sizes.
     """
     old = layer.values
-    drop, grow = drop.cpu(), grow.cpu().sort().values
-    places = layer.pattern.places()
-    near = torch.searchsorted(places, grow).clamp(max=max(0, len(places) - 1))
-    if grow.numel() and len(places) and bool((places[near] == grow).any()):
-        raise ValueRangeError("a place to grow is stored already")
-    kept = places[~drop]
-    new_places = torch.searchsorted(kept, grow) + torch.arange(len(grow))
-    there = torch.ones(len(kept) + len(grow), dtype=torch.bool)
-    there[new_places] = False
-    merged = places.new_empty(len(there))
-    merged[there], merged[new_places] = kept, grow
-    count, stays, stored = old.shape[0], (~drop).to(old.device), there.to(old.device)
+    pattern, source = _merged(layer.pattern, drop.cpu(), grow.cpu().sort().values)
+    count, fresh = old.shape[0], (source < 0).to(old.device)
+    source = source.clamp_(min=0).to(old.device)
 
     def carried(held: Tensor) -> Tensor:
-        moved = held.new_zeros(len(there))
-        moved[stored] = held[stays.to(held.device)]
-        return moved
+        if not count:
+            return held.new_zeros(len(source))
+        moved = held[source.to(held.device)]
+        return moved.masked_fill_(fresh.to(held.device), 0)
 
-    layer.pattern = Pattern.of(layer.pattern.shape, merged)
+    layer.pattern = pattern
     if layer.forward_set is not None:
         layer.forward_set = carried(layer.forward_set)
     state = optimizer.state.get(old, {})
@@ -49,7 +42,7 @@ def rewire(layer: SparseWeight, optimizer: Optimizer, drop: Tensor, grow: Tensor
             state[name] = carried(held)
     grad = None if old.grad is None else carried(old.grad)
     old.grad = None
-    if len(there) == count:
+    if len(source) == count:
         old.data = carried(old.data)
         old.grad = grad
         return
@@ -59,6 +52,40 @@ def rewire(layer: SparseWeight, optimizer: Optimizer, drop: Tensor, grow: Tensor
         group["params"] = [new if p is old else p for p in group["params"]]
     if old in optimizer.state:
         optimizer.state[new] = optimizer.state.pop(old)
+
+
+def _merged(pattern: Pattern, drop: Tensor, grow: Tensor) -> tuple[Pattern, Tensor]:
+    """The pattern after a move, and where each of its non-zeros was (int32, -1: nowhere)."""
+    kept = pattern.nnz - int(drop.count_nonzero())
+    if NATIVE is None or not pattern.nnz or not kept + len(grow):
+        return _merged_in_torch(pattern, drop, grow)
+    total, drop, grow = kept + len(grow), drop.contiguous(), grow.long().contiguous()
+    offsets = torch.empty(pattern.shape[0] + 1, dtype=torch.int32)
+    columns = torch.empty(total, dtype=torch.int16)
+    source = torch.empty(total, dtype=torch.int32)
+    made = (offsets.data_ptr(), columns.data_ptr(), source.data_ptr())
+    address = pattern.address(torch.empty(0))
+    if drop.shape != (pattern.nnz,) or drop.dtype != torch.bool:
+        raise ValueRangeError(f"`drop` is not a bool for each of {pattern.nnz} weights")
+    if not NATIVE.rewire_ptr(address, drop.data_ptr(), grow.data_ptr(), len(grow), *made):
+        raise ValueRangeError("a place to grow is stored already, or outside of the weight")
+    return Pattern(pattern.shape, offsets, columns), source
+
+
+def _merged_in_torch(pattern: Pattern, drop: Tensor, grow: Tensor) -> tuple[Pattern, Tensor]:
+    places = pattern.places()
+    near = torch.searchsorted(places, grow).clamp(max=max(0, len(places) - 1))
+    if grow.numel() and len(places) and bool((places[near] == grow).any()):
+        raise ValueRangeError("a place to grow is stored already")
+    stays = (~drop).nonzero().flatten()
+    kept = places[stays]
+    source = torch.full((len(kept) + len(grow),), -1, dtype=torch.int32)
+    old = torch.searchsorted(grow, kept) + torch.arange(len(kept))
+    source[old] = stays.to(torch.int32)
+    merged = places.new_empty(len(source))
+    merged[torch.searchsorted(kept, grow) + torch.arange(len(grow))] = grow
+    merged[old] = kept
+    return Pattern.of(pattern.shape, merged), source
 
 
 def layers_of(model: nn.Module) -> dict[str, SparseWeight]:

@@ -181,10 +181,11 @@ def test_hebbian_growth_takes_the_largest_coactivations():
     model(x).sum().backward()
     optimizer.step()  # step 0 moves nothing
     before = [layer.mask() for layer in layers(model)]
-    y0 = model[0](x).detach()
-    unfolded = F.unfold(x, 3, padding=1)
-    conv = torch.einsum("bmp,bkp->mk", y0.flatten(2), unfolded).reshape(before[0].shape)
-    linear = model(x).detach().t() @ y0.flatten(1)
+    with torch.no_grad():  # no pass of the training
+        y0 = model[0](x)
+        unfolded = F.unfold(x, 3, padding=1)
+        conv = torch.einsum("bmp,bkp->mk", y0.flatten(2), unfolded).reshape(before[0].shape)
+        linear = model(x).t() @ y0.flatten(1)
     model(x).sum().backward()
     optimizer.step()
     for layer, activity, old in zip(layers(model), (conv, linear), before, strict=True):
