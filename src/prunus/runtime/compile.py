@@ -10,7 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from prunus.runtime import blocks, candidates, chain, fuse, networks, siblings, transformer
+from prunus.runtime import (
+    blocks,
+    candidates,
+    chain,
+    decoder,
+    fuse,
+    networks,
+    siblings,
+    transformer,
+)
 from prunus.runtime.arguments import checked, taking_examples
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
@@ -76,6 +85,7 @@ def compile(
         swaps, fused = _rewritten(base, example, swaps)
         placed = transformer.place(base, example, swaps, fused.forwards, options)
         forwards, together = networks.place(base, example, placed.swaps, placed.forwards, options)
+        forwards, decoders = decoder.place(base, example, placed.swaps, forwards, options)
         placed = dataclasses.replace(placed, forwards=forwards)
         linked, chained = chain.link(base, example, placed.swaps, placed.forwards, calls, options)
         merged = siblings.merge(base, example, linked, placed.forwards, calls, options)
@@ -85,7 +95,8 @@ def compile(
             expect_same(*forms, twins, example, assemble(base, {}, share=True), TOLERANCES[dtype])
         plan, form = _form(made, example, plan, options, bool(swaps), bool(merged.groups))
     rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
-    plan = _named(dataclasses.replace(plan, rows=rows), form, placed, merged, chained, together)
+    plan = _named(dataclasses.replace(plan, rows=rows), form, placed, merged, chained)
+    plan = dataclasses.replace(plan, networks=together, decoders=decoders) if form.swapped else plan
     final = form.of(made(form, share=False)).requires_grad_(False)
     setattr(final, _plan_name(model), plan)
     return final
@@ -97,7 +108,6 @@ def _named(
     placed: transformer.Placed,
     merged: siblings.Merged,
     chained: tuple[tuple[str, ...], ...],
-    together: tuple[str, ...],
 ) -> Plan:
     """The plan with the names of what became one, or runs through other kernels."""
     if not form.swapped:
@@ -109,7 +119,6 @@ def _named(
         chained=chained,
         attentions=placed.attentions,
         norms=placed.norms,
-        networks=together,
     )
 
 
