@@ -53,7 +53,7 @@ class Layer:
         }
         families = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
         families = families if joined else [[name] for name in NAMES]
-        self.held, numbers = [], dict.fromkeys(NAMES, (0, 0))
+        self.held, numbers = [], {str(name): (0, 0) for name in NAMES}
         for family in families:
             weight = np.concatenate([self.w[name] for name in family])
             bias = np.concatenate([self.b[name] for name in family])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ pytest.importorskip("transformers", reason="pip install transformers")
 pytest.importorskip("prunus._native", reason="decoder layers have no NumPy form")
 
 
-def build(**options):
+def build(**options) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
@@ -29,7 +30,7 @@ def build(**options):
     return model
 
 
-def packed(model, way="bitmap", **options):
+def packed(model, way="bitmap", **options) -> Any:
     step = {"input_ids": torch.tensor([[5]])}
     choose = options.pop("choose", lambda row: way if ".layers." in row.name else "dense")
     return pr.compile(model, step, choose=choose, **options)
@@ -105,7 +106,8 @@ def test_batches_masks_prompts_and_gradients_take_the_other_way(calls):
     assert calls == []
     x = torch.randn(1, 1, 48, requires_grad=True)
     fast(inputs_embeds=x).logits.sum().backward()
-    assert x.grad is not None and calls == []
+    assert x.grad is not None
+    assert calls == []
     left = torch.tensor([[0, 0, 1, 2, 3]])
     padded = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1]]), "pad_token_id": 0}
     found = fast.generate(left, max_new_tokens=4, do_sample=False, **padded)
