@@ -9,6 +9,7 @@
 #include "dispatch.h"
 #include "module.h"
 #include "module_attention.h"
+#include "nm.h"
 #include "token.h"
 
 namespace nb = nanobind;
@@ -24,7 +25,7 @@ void expect_shape(uintptr_t blob, int64_t rows, int64_t cols) {
   if (blob == 0 || blob % 8 != 0) bad_value("the blob's address is null or not 8-byte aligned");
   const auto& groups = *reinterpret_cast<const VectorHeader*>(blob);
   const auto& header = *reinterpret_cast<const BlobHeader*>(blob);
-  if (!is_vectors(groups) && !is_bitmap(header)) checked_blob(blob, true);
+  if (!is_vectors(groups) && !is_bitmap(header) && !is_nm(header)) checked_blob(blob, true);
   if (static_cast<int64_t>(header.rows) != rows || static_cast<int64_t>(header.cols) != cols)
     fail("ShapeError", "the layers of a decoder layer do not fit each other");
 }

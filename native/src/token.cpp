@@ -6,6 +6,7 @@
 
 #include "bitmap.h"
 #include "kernel.h"
+#include "nm.h"
 #include "pool.h"
 #include "run.h"
 #include "workspace.h"
@@ -51,6 +52,8 @@ bool multiply(const TokenCall& c, int which, const float* x, float* y) {
   const float* bias = c.layer.biases[which];
   if (is_bitmap(*static_cast<const BlobHeader*>(blob)))
     return run_bitmap({open_bitmap(blob), x, y, 1, bias, nullptr, 0, c.threads, c.kernels});
+  if (is_nm(*static_cast<const BlobHeader*>(blob)))
+    return run_nm({open_nm(blob), x, y, 1, bias, nullptr, 0, c.threads, c.kernels});
   Call call{};
   call.layout = Layout::tokens;
   call.x = x;
