@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "conv.h"
 #include "norm.h"
+#include "token.h"
 #include "vectors.h"
 
 namespace prunus {
@@ -52,6 +53,7 @@ struct Task {
   int64_t panel;                      // this many columns of X
   const Attention* attention;  // begin_row and end_row count blocks of queries
   const LayerNorm* norm;       // they count its rows
+  const TokenAttention* token;  // they count heads
   const Vectors* vectors;  // of a product of groups; w holds the shape only
   const struct NmWeight* nm;  // of an n:m product, whose panels have `panel` tokens
   float* workspace;  // 64-byte aligned, workspace_floats() long

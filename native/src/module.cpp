@@ -340,6 +340,7 @@ NB_MODULE(_native, m) {
         nb::arg("phases"), nb::arg("width"), nb::arg("into_ptr"), nb::arg("offsets_ptr"),
         nb::arg("columns_ptr") = 0, nb::arg("values_ptr") = 0);
   bind_attention(m);
+  bind_token(m);
   m.def("transpose_ptr", &transpose_ptr, nb::arg("from_ptr"), nb::arg("to_ptr"));
   m.def("available_isas", &available_isas);
   m.def("test_isas", &test_isas);

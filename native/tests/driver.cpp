@@ -290,6 +290,7 @@ bool transpose_case(int64_t m, int64_t k, uint32_t block, uint32_t block_of_tran
 int group_cases(int* done);  // driver_groups.cpp
 
 int attention_cases(int* done);  // driver_attention.cpp
+int token_cases(int* done);      // driver_token.cpp
 
 int net_cases(int* done);  // driver_net.cpp
 
@@ -326,6 +327,7 @@ int main() {
   failed += group_cases(&done);
   failed += vector_cases(&done);
   failed += attention_cases(&done);
+  failed += token_cases(&done);
   failed += net_cases(&done);
   failed += nm_cases(&done);
   std::printf("%d cases on %d instruction sets, %d failed\n", done, available_count(), failed);

@@ -13,7 +13,7 @@ from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
 
 ISAS = [*(i for i in kernels.available_isas() if i != kernels.FALLBACK), kernels.FALLBACK]
-OTHERS = ("attention", "nm", "norm", "vectors")  # with tests of their own
+OTHERS = ("attention", "nm", "norm", "one token", "vectors")  # with tests of their own
 KERNELS = [r["layout"] for r in kernels.table() if not r["layout"].startswith(OTHERS)]
 FUNCTIONS = {
     "": lambda x: x,

@@ -12,7 +12,7 @@ from prunus import kernels
 EPS = np.finfo(np.float32).eps
 ISAS = [*(i for i in kernels.available_isas() if i != kernels.FALLBACK), kernels.FALLBACK]
 RELU = ("", "relu")
-OTHERS = ("attention", "nm", "norm", "vectors")  # with tests of their own
+OTHERS = ("attention", "nm", "norm", "one token", "vectors")  # with tests of their own
 KERNELS = [r["layout"] for r in kernels.table() if not r["layout"].startswith(OTHERS)]
 SHAPES = [
     (m, k, n)

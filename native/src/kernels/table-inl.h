@@ -48,6 +48,7 @@ void tiled_tokens_f32(const Task& task) {
 void tiled_planes_f32(const Task& task) { tiled<Planes, Planes>(task); }
 
 #include "bitmap-inl.h"
+#include "token-inl.h"
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 #include "bitmap-vnni-inl.h"
 #else

@@ -33,6 +33,8 @@ from prunus.kernels.transformer import (
     attention_ptr,
     layer_norm,
     layer_norm_ptr,
+    token_in_ptr,
+    token_out_ptr,
 )
 from prunus.kernels.vectors import pack_vectors
 
@@ -78,6 +80,8 @@ __all__ = [
     "table",
     "test_isas",
     "tile",
+    "token_in_ptr",
+    "token_out_ptr",
     "transpose",
     "unpack",
     "validate",

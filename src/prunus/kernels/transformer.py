@@ -15,6 +15,8 @@ _native: Any = loader.load()
 # Trusted, pointer-level calls; None without the native module, where torch's operators serve.
 attention_ptr: Any = _native.attention_ptr if _native else None
 layer_norm_ptr: Any = _native.layer_norm_ptr if _native else None
+token_in_ptr: Any = _native.token_in_ptr if _native else None
+token_out_ptr: Any = _native.token_out_ptr if _native else None
 
 NO_MASK, ADDED, ALLOWED = 0, 1, 2
 """What a mask is: none, numbers added to the scores, bools where True may be attended to."""

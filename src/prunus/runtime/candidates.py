@@ -253,8 +253,32 @@ def tied_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def refusal(module: nn.Module, owners: Mapping[int, list[str]], calls: Mapping[Call, int]) -> str:
-    """Why a layer must stay dense; "" if it may run sparse."""
+def tied_outputs(model: nn.Module) -> frozenset[str]:
+    """Names of linear layers that share their weight with embeddings only, which look rows up.
+
+    Such a layer may have a packed copy: the embedding reads a row for each token, it reads all.
+    """
+    owners = tied_owners(model)
+    modules = dict(model.named_modules())
+    names = set[str]()
+    for shared in owners.values():
+        linear = [name for name in shared if isinstance(modules.get(name), nn.Linear)]
+        tables = [name for name in shared if type(modules.get(name)) is nn.Embedding]
+        if len(linear) == 1 and len(tables) == len(shared) - 1 > 0:
+            names.update(linear)
+    return frozenset(names)
+
+
+def refusal(
+    module: nn.Module,
+    owners: Mapping[int, list[str]],
+    calls: Mapping[Call, int],
+    tied: bool = False,
+) -> str:
+    """Why a layer must stay dense; "" if it may run sparse.
+
+    tied: a packed copy of a shared weight is allowed.
+    """
     weight = module._parameters.get("weight")
     reason = ""
     if type(module) not in KINDS:
@@ -265,7 +289,7 @@ def refusal(module: nn.Module, owners: Mapping[int, list[str]], calls: Mapping[C
         reason = "it has forward hooks of its own"
     elif weight.device.type != "cpu" or weight.dtype != torch.float32:
         reason = f"its weight is {weight.dtype} on {weight.device}, kernels take float32 on the CPU"
-    elif len(owners.get(id(weight), ())) > 1:
+    elif len(owners.get(id(weight), ())) > 1 and not tied:
         reason = f"its weight is shared by {', '.join(owners[id(weight)])}"
     elif weight.numel() == 0:
         reason = "its weight is empty"

@@ -10,12 +10,22 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from prunus.runtime import blocks, candidates, chain, fuse, networks, siblings, transformer
+from prunus.runtime import (
+    blocks,
+    candidates,
+    chain,
+    decoder,
+    fuse,
+    networks,
+    siblings,
+    transformer,
+)
 from prunus.runtime.arguments import checked, taking_examples
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
 from prunus.runtime.decide import Choose, Options, decide
 from prunus.runtime.epilogue import Fusing
+from prunus.runtime.forward import Forward
 from prunus.runtime.measure import thread_count
 from prunus.runtime.plan import Plan, Row
 from prunus.runtime.tracing import UNTRACEABLE
@@ -74,9 +84,7 @@ def compile(
         plan, twins = decide(base, calls, options)
         swaps = _fused(base, example, twins, chains)
         swaps, fused = _rewritten(base, example, swaps)
-        placed = transformer.place(base, example, swaps, fused.forwards, options)
-        forwards, together = networks.place(base, example, placed.swaps, placed.forwards, options)
-        placed = dataclasses.replace(placed, forwards=forwards)
+        placed = _placed(base, example, swaps, fused.forwards, options)
         linked, chained = chain.link(base, example, placed.swaps, placed.forwards, calls, options)
         merged = siblings.merge(base, example, linked, placed.forwards, calls, options)
         made = functools.partial(_made, base, siblings.Merged(linked, placed.forwards), merged)
@@ -85,10 +93,24 @@ def compile(
             expect_same(*forms, twins, example, assemble(base, {}, share=True), TOLERANCES[dtype])
         plan, form = _form(made, example, plan, options, bool(swaps), bool(merged.groups))
     rows = _annotated(plan.rows, chains, *((swaps, fused) if form.swapped else ({}, NOTHING)))
-    plan = _named(dataclasses.replace(plan, rows=rows), form, placed, merged, chained, together)
+    plan = _named(dataclasses.replace(plan, rows=rows), form, placed, merged, chained)
     final = form.of(made(form, share=False)).requires_grad_(False)
     setattr(final, _plan_name(model), plan)
     return final
+
+
+def _placed(
+    base: nn.Module,
+    example: Any,
+    swaps: Mapping[str, nn.Module],
+    forwards: Mapping[str, Forward],
+    options: Options,
+) -> transformer.Placed:
+    """What runs through kernels between the layers, and whole modules that do."""
+    placed = transformer.place(base, example, swaps, forwards, options)
+    found, together = networks.place(base, example, placed.swaps, placed.forwards, options)
+    found, decoders = decoder.place(base, example, placed.swaps, found, options)
+    return dataclasses.replace(placed, forwards=found, networks=together, decoders=decoders)
 
 
 def _named(
@@ -97,7 +119,6 @@ def _named(
     placed: transformer.Placed,
     merged: siblings.Merged,
     chained: tuple[tuple[str, ...], ...],
-    together: tuple[str, ...],
 ) -> Plan:
     """The plan with the names of what became one, or runs through other kernels."""
     if not form.swapped:
@@ -109,7 +130,8 @@ def _named(
         chained=chained,
         attentions=placed.attentions,
         norms=placed.norms,
-        networks=together,
+        networks=placed.networks,
+        decoders=placed.decoders,
     )
 
 

@@ -24,7 +24,7 @@ from prunus.runtime.assemble import assemble, in_channels_last
 from prunus.runtime.candidates import Call, Calls, Candidate
 from prunus.runtime.epilogue import Fusing
 from prunus.runtime.measure import interleaved, machine
-from prunus.runtime.plan import DENSE, DIRECT, SPARSE, Layer, Plan, Row
+from prunus.runtime.plan import BITMAP_INT8, DENSE, DIRECT, SPARSE, Layer, Plan, Row
 from prunus.runtime.switch import Switch, bounds, bucket_of, rows_of
 
 Choose = Callable[[Layer], str]
@@ -64,11 +64,12 @@ class Options:
 def decide(model: nn.Module, calls: Calls, options: Options) -> tuple[Plan, dict[str, nn.Module]]:
     """The plan layer by layer, and {name: module} of the layers that run in another way."""
     owners = candidates.tied_owners(model)
+    tied = candidates.tied_outputs(model) if options.dtype == torch.int8 else frozenset()
     rows: list[Row] = []
     twins: dict[str, nn.Module] = {}
     for name, module in candidates.layers_of(model).items():
         layer = candidates.layer_of(name, module)
-        reason = candidates.refusal(module, owners, calls[name])
+        reason = candidates.refusal(module, owners, calls[name], name in tied)
         ways = {} if reason else candidates.ways_of(layer, module, options.dtype)
         if reason:
             row = row_of(layer, DENSE, reason)
@@ -136,11 +137,12 @@ def measured(
     elif kernels.active_isa() == kernels.FALLBACK:
         reason = "no native module: the NumPy kernels are for checking only"
     few = layer.sparsity < options.minimum_sparsity and kernels.active_isa() != kernels.FALLBACK
-    # The direct way is the packed twin again: it stands in where that is not tried.
+    # The direct way is the packed twin again: it stands in where that is not tried. Bytes are
+    # fewer than what is dense holds, at any sparsity.
     tried = {
         name: way
         for name, way in ways.items()
-        if (few if name == DIRECT else not (reason and way.sparse))
+        if (few if name == DIRECT else not (reason and way.sparse) or (few and name == BITMAP_INT8))
     }
     if not tried:
         return row_of(layer, DENSE, reason)

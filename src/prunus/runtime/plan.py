@@ -71,7 +71,7 @@ class Plan:
     `merged` names layers that read the same input and became one, `chained` those that follow each
     other and became one, `attentions` modules whose attention and `norms` layer normalisations that
     run through the kernels, `networks` modules of nothing but packed convolutions, which run by one
-    call.
+    call, `decoders` decoder layers that single tokens pass in two.
     """
 
     rows: tuple[Row, ...]
@@ -88,6 +88,7 @@ class Plan:
     attentions: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     networks: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ()
 
     @property
     def speedup(self) -> float | None:
@@ -126,7 +127,7 @@ class Plan:
         plain["merged"] = [list(names) for names in self.merged]
         plain["chained"] = [list(names) for names in self.chained]
         plain |= {"attentions": list(self.attentions), "norms": list(self.norms)}
-        plain["networks"] = list(self.networks)
+        plain |= {"networks": list(self.networks), "decoders": list(self.decoders)}
         plain["speedup"] = self.speedup
         return plain
 
@@ -157,6 +158,7 @@ class Plan:
         words += [f"{len(self.attentions)} attentions"] if self.attentions else []
         words += [f"{len(self.norms)} layer norms"] if self.norms else []
         words += [f"{len(self.networks)} networks"] if self.networks else []
+        words += [f"{len(self.decoders)} decoder layers"] if self.decoders else []
         return words + (merged if self.merged else [])
 
 

@@ -36,12 +36,15 @@ class Placed:
     """Swaps and forward passes with the kernels in place, and names of what they replace.
 
     attentions: modules whose forward pass calls attention. norms: layer normalisations.
+    networks, decoders: modules that run as one, as in `Plan`.
     """
 
     swaps: dict[str, nn.Module]
     forwards: dict[str, Forward]
     attentions: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ()
 
 
 def place(
