@@ -10,6 +10,8 @@ comment says what it shows, paths below benchmarks/:
 <!-- steps FILE --> a training step and an epoch: dense, masked, packed; time and memory
 <!-- difference FILE MODEL EPOCHS --> packed and masked accuracy, the mean of packed minus masked
 over the same seeds and its 95% confidence interval
+<!-- structures FILE --> structured layers: share of the peak, gain over dense torch and OpenVINO
+<!-- forms FILE --> a language model that decodes: tokens per second, gain, parts, sizes
 <!-- rows FILE COLUMN ... --> these columns of every row
 <!-- results FILE ... of METHOD ... --> what quality/results/FILE.jsonl hold, a row for each method
 <!-- machine FILE --> machine, versions, commit and command of a results file
@@ -34,7 +36,8 @@ MIB = 1 << 20
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5% for 1, 2, ... degrees of freedom (Student 1908); beyond: the last."""
 BLOCK = re.compile(
-    r"(<!-- (ratios|times|accuracy|steps|difference|rows|results|machine) ([^>]*?) -->\n)"
+    r"(<!-- (ratios|times|accuracy|steps|structures|forms|difference|rows|results|machine)"
+    r" ([^>]*?) -->\n)"
     r".*?(<!-- end -->)",
     re.S,
 )
@@ -176,6 +179,48 @@ def steps(file: str) -> str:
     return markdown(header, lines)
 
 
+def structures(file: str) -> str:
+    """Geometric means over the shapes; gains are over the same shapes' dense layers."""
+    found = cases(file)
+    place = ("n", "sparsity", "rows", "columns")
+    dense = {
+        (*(case[key] for key in place), case["way"]): case["seconds"]["median"]
+        for case in found
+        if case["structure"] == "dense"
+    }
+    peers = list(dict.fromkeys(key[-1] for key in dense))
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for case in found:
+        if case["structure"] != "dense":
+            name = (case["n"], case["sparsity"], case["structure"], case["way"])
+            groups.setdefault(name, []).append(case)
+    lines = []
+    for name, same in sorted(groups.items()):
+        shares = [case["share_of_peak"] for case in same if case["share_of_peak"]]
+        cells = [f"{100 * harness.geometric_mean(shares):.0f}%" if shares else "–"]
+        for peer in peers:
+            gains = [
+                dense[(*(case[key] for key in place), peer)] / case["seconds"]["median"]
+                for case in same
+            ]
+            cells.append(f"{harness.geometric_mean(gains):.2f}")
+        lines.append([*map(str, name), *cells])
+    return markdown(["n", "sparsity", "structure", "way", "of the peak", *peers], lines)
+
+
+def forms(file: str) -> str:
+    """Tokens per second, gain over the dense form, milliseconds of its parts, MiB."""
+    header = ["sparsity", "form", "tokens/s", "gain", "layers ms", "output ms", "rest ms"]
+    lines = []
+    for case in cases(file):
+        parts = [f"{1000 * case[f'{part}_seconds']:.1f}" for part in ("layers", "output", "rest")]
+        gain = f"{case['token_speedup']:.2f}" if "token_speedup" in case else "–"
+        sizes = [f"{case[size] / MIB:.0f}" for size in ("file", "weights")]
+        name = [f"{case['sparsity']:g}", case["form"], f"{case['tokens_per_second']:.1f}"]
+        lines.append([*name, gain, *parts, *sizes])
+    return markdown([*header, "file MiB", "resident MiB"], lines)
+
+
 def difference(file: str, model: str, epochs: str) -> str:
     """Accuracy in percent, mean ± deviation (seeds); packed minus masked with its interval."""
     runs: dict[tuple[str, float], dict[str, dict[int, float]]] = {}
@@ -314,6 +359,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "times": times,
     "accuracy": accuracy,
     "steps": steps,
+    "structures": structures,
+    "forms": forms,
     "difference": difference,
     "rows": rows,
     "results": results,
