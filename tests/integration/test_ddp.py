@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import prunus as pr
+from prunus import schedules, scores, solvers
 from prunus.errors import DisagreementError
 
 METHODS = {
@@ -23,7 +24,15 @@ METHODS = {
     "snip": lambda: pr.methods.snip(0.8),
     "feedback": lambda: pr.methods.feedback(0.8, 12, every=2),
     "surgery": lambda: pr.methods.dynamic_surgery(0.8, 12, gamma=0.1),
+    "data_wanda": lambda: pr.compose(scores.wanda(), schedule=schedules.cubic(0.8, 0, 10, 2)),
+    "data_woodfisher": lambda: pr.compose(
+        scores.block_fisher(), schedule=schedules.cubic(0.8, 0, 10, 2), solve=solvers.block_fisher()
+    ),
 }
+
+
+def cross_entropy(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def free_port() -> int:
@@ -49,7 +58,11 @@ def worker(rank: int, port: int, name: str, spoil: bool, results) -> None:
             nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 7))
         )
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
-        attached = pr.attach(METHODS[name](), model, optimizer, seed=1)
+        # every rank calibrates on other data, and on another number of examples
+        calibration = torch.Generator().manual_seed(rank)
+        batch = torch.randn(6 + rank, 20, generator=calibration), torch.arange(6 + rank) % 7
+        data = {"batches": [batch], "loss": cross_entropy} if name.startswith("data_") else {}
+        attached = pr.attach(METHODS[name](), model, optimizer, seed=1, **data)
         history = []
         for step in range(12):
             generator = torch.Generator().manual_seed(100 * step + rank)

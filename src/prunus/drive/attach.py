@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from prunus import sites as sites_
 from prunus.core import Masks, Site, Sparsifier, State
 from prunus.drive.agree import check_agreement
 from prunus.drive.checkpoint import KEY, from_blob, same_method, to_blob
+from prunus.drive.data import Data, batches_of
 from prunus.drive.registry import (
     enter,
     expect_arguments,
@@ -26,7 +27,7 @@ from prunus.drive.registry import (
 )
 from prunus.drive.reserve import hide, recall, reset_moments, stale
 from prunus.drive.rewrite import write
-from prunus.drive.signals import Sources, collect
+from prunus.drive.signals import Loss, Sources
 from prunus.errors import AttachError, SignalError
 from prunus.kinds import GRADIENT
 
@@ -39,6 +40,8 @@ def attach(
     include: sites_.Patterns = None,
     exclude: sites_.Patterns = None,
     inputs: Any = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     validate: Callable[[], float] | None = None,
     seed: int = 0,
 ) -> Attached:
@@ -51,9 +54,10 @@ def attach(
     become zero.
 
     include, exclude: which weights (see `sites.find`); inputs: one example batch, for methods that
-    run the network themselves (SynFlow); validate: returns the loss on held-out data, for schedules
-    that adapt to it; seed: of random choices. An optimizer in the wrapper of a trainer (Accelerate,
-    Lightning) is found inside it.
+    run the network themselves (SynFlow); batches and loss: calibration data as for `prune`, run at
+    each update (an iterator is read now and kept; under DDP what rank 0 saw counts); a gradient
+    stays that of the training step; validate: returns the loss on held-out data, for schedules that
+    adapt to it; seed: of random choices. An optimizer in a trainer's wrapper is found inside it.
     Returns an Attached. Raises AttachError if the optimizer holds none of the weights, if it, the
     model or a weight already has a sparsifier; SiteError, NotFiniteError, SignalError as the parts.
     """
@@ -61,7 +65,8 @@ def attach(
     optimizer = real_optimizer(optimizer)
     sites = trained_sites(model, optimizer, include, exclude)
     expect_free(model, optimizer, sites)
-    attached = Attached(sparsifier, model, optimizer, sites, inputs, seed, validate)
+    data = Data(inputs, batches_of(batches), loss, validate)
+    attached = Attached(sparsifier, model, optimizer, sites, data, seed)
     try:
         attached._start()
     except BaseException:
@@ -83,17 +88,15 @@ class Attached:
         model: nn.Module,
         optimizer: Optimizer,
         sites: tuple[Site, ...],
-        inputs: Any,
+        data: Data,
         seed: int,
-        validate: Callable[[], float] | None = None,
     ) -> None:
         """Use `attach`."""
         self.sparsifier = sparsifier
         self.sites = sites
         self._optimizer = weakref.ref(optimizer)
         self._wrapped = model
-        self._inputs = inputs
-        self._validate = validate
+        self._data = data
         self.parameters = sites_.parameters(model, sites)
         self.state: State = sparsifier.init(sites, sites_.weights(self.parameters), seed)
         self._off: dict[str, Tensor] = {}
@@ -204,15 +207,8 @@ class Attached:
     def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
         """Copy model and optimizer with their sparsifier; plain copies of either lose the hooks."""
         model, optimizer = copy.deepcopy((self._wrapped, self.optimizer), memo)
-        twin = Attached(
-            self.sparsifier,
-            model,
-            optimizer,
-            self.sites,
-            self._inputs,
-            self.state.seed,
-            self._validate,
-        )
+        seed = self.state.seed
+        twin = Attached(self.sparsifier, model, optimizer, self.sites, self._data, seed)
         twin._owned = optimizer  # nobody else may hold the copy
         memo[id(self)] = twin
         twin._install()
@@ -321,17 +317,15 @@ class Attached:
     # --- updates ------------------------------------------------------------------------------
 
     def _update(self, needs: frozenset[str], training: bool) -> None:
-        sources = Sources(
-            self.model,
-            self.sites,
-            self.parameters,
-            self.state.masks,
-            inputs=self._inputs,
-            training=training,
-            validate=self._validate,
+        distributed = (
+            type(self._wrapped).__name__ == "DistributedDataParallel" and dist.is_initialized()
         )
+        sources = Sources(
+            self.model, self.sites, self.parameters, self.state.masks, training=training
+        )
+        signals = self._data.signals(needs, sources, distributed)
         weights = sites_.weights(self.parameters)
-        result = self.sparsifier.update(self.state, self.sites, weights, collect(needs, sources))
+        result = self.sparsifier.update(self.state, self.sites, weights, signals)
         if result.state.round <= self.state.round:
             raise AttachError(
                 f"{self.sparsifier} asked for an update and returned round {result.state.round} "
@@ -339,7 +333,7 @@ class Attached:
             )
         write(self.model, self.sites, self.parameters, result)
         self._adopt(result.state, rewritten=frozenset(result.weights))
-        if type(self._wrapped).__name__ == "DistributedDataParallel" and dist.is_initialized():
+        if distributed:
             device = next(iter(self.parameters.values())).device
             check_agreement(self.state.masks, self.state.step, device)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunus import sites as sites_
 from prunus.arguments import check_sparsity
 from prunus.core import Site
+from prunus.drive.data import batches_of
 from prunus.drive.registry import attached
 from prunus.drive.signals import Loss, Sources, collect
 from prunus.errors import AttachError, ShapeError, SiteError, TargetError
@@ -60,7 +61,7 @@ def eigendamage(
     model = sites_.unwrap(model)
     found = sites_.find(model, include, exclude)
     owners = {site.name: _owner(model, site) for site in found}
-    batches = list(batches)
+    batches = batches_of(batches)
     sources = Sources(model, found, sites_.parameters(model, found), {}, None, batches, loss)
     signals = collect(frozenset({GRAM, OUTPUT_GRAM}), sources)
     bases = {s.name: _Basis.of(owners[s.name][2], signals.at(s.name)) for s in found}

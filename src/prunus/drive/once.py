@@ -11,6 +11,7 @@ from torch import nn
 
 from prunus import sites as sites_
 from prunus.core import Masks, Sparsifier, State
+from prunus.drive.data import batches_of
 from prunus.drive.registry import attached
 from prunus.drive.rewrite import restored, write
 from prunus.drive.sequential import Progress, prune_sequential
@@ -37,7 +38,8 @@ def prune(
 
     inputs: one example batch (SynFlow); batches and loss: calibration data for methods that read
     gradients, averaged over the batches; loss(model, batch) returns a scalar; validate: returns the
-    loss on held-out data, for schedules that adapt to it. A generator is read once and kept.
+    loss on held-out data, for schedules that adapt to it. An iterator is read once and kept; a
+    loader is iterated anew at every pass.
     sequential: prune the blocks of a deep model one after the other, each on what the pruned ones
     before it put out; blocks and progress: see `drive.prune_sequential`. Returns the masks; to go
     on training with them, attach `methods.fixed()`. On an error the weights are as they were.
@@ -45,6 +47,7 @@ def prune(
     method has no end or misses a signal, TargetError, NotFiniteError.
     """
     _expect_free(model, sparsifier)
+    batches = batches_of(batches)
     if sparsifier.last is None:
         raise SignalError(f"{sparsifier} never ends by itself: attach it to an optimizer instead")
     if sequential:
@@ -64,8 +67,6 @@ def prune(
     model = sites_.unwrap(model)
     sites = sites_.find(model, include, exclude)
     parameters = sites_.parameters(model, sites)
-    if batches is not None and not isinstance(batches, (list, tuple)):
-        batches = list(batches)
     state = sparsifier.init(sites, sites_.weights(parameters), seed)
     sources = Sources(
         model, sites, parameters, {}, inputs, batches, loss, training=False, validate=validate

@@ -11,6 +11,7 @@ from torch import nn
 from prunus import sites as sites_
 from prunus.arguments import check_sparsity
 from prunus.core import Sparsifier
+from prunus.drive.data import batches_of
 from prunus.drive.once import prune
 from prunus.drive.rewrite import restored
 from prunus.drive.signals import Loss
@@ -39,7 +40,7 @@ def sensitivity(
         check_sparsity(sparsity)
     found = sites_.find(model, include, exclude)
     parameters = sites_.parameters(model, found)
-    data = None if batches is None else list(batches)
+    data = batches_of(batches)
     with torch.no_grad():
         dense = float(evaluate())
     losses: dict[str, dict[float, float]] = {}

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from prunus import allocations, schedules, scores, sites
 from prunus.compose import compose
 from prunus.core import Allocation, Score, Solver, Structure
+from prunus.drive.data import batches_of
 from prunus.drive.progress import Progress
 from prunus.drive.signals import Loss
 from prunus.errors import ValueRangeError
@@ -127,7 +128,7 @@ def train_prune_finetune(
         start,
         include=include,
         exclude=exclude,
-        data=Data(batches, loss, inputs),
+        data=Data(batches_of(batches), loss, inputs),
         folder=folder,
         progress=progress,
         on_round=on_round,
