@@ -9,7 +9,7 @@ from prunus.errors import ValueRangeError
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     """Return `sparsity` if it lies in [0, 1]; raise ValueRangeError if not (NaN included)."""
-    if not isinstance(sparsity, Real):
+    if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
         raise ValueRangeError(f"{name} is a number between 0 and 1, got {sparsity!r}")
     if not 0.0 <= sparsity <= 1.0:
         raise ValueRangeError(

@@ -16,7 +16,7 @@ from prunus.core import Site
 from prunus.drive.data import batches_of
 from prunus.drive.registry import attached
 from prunus.drive.signals import Loss, Sources, collect
-from prunus.errors import AttachError, ShapeError, SiteError, TargetError
+from prunus.errors import AttachError, NotFiniteError, ShapeError, SiteError, TargetError
 from prunus.kinds import GRAM, OUTPUT_GRAM
 
 
@@ -61,9 +61,16 @@ def eigendamage(
     model = sites_.unwrap(model)
     found = sites_.find(model, include, exclude)
     owners = {site.name: _owner(model, site) for site in found}
-    batches = batches_of(batches)
-    sources = Sources(model, found, sites_.parameters(model, found), {}, None, batches, loss)
+    data = batches_of(batches)
+    sources = Sources(model, found, sites_.parameters(model, found), {}, None, data, loss)
     signals = collect(frozenset({GRAM, OUTPUT_GRAM}), sources)
+    for kind, values in signals.tensors.items():
+        for name, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                raise NotFiniteError(
+                    f"the {kind} of site {name!r} holds NaN or infinity: look for it in the "
+                    f"calibration batches; nothing was changed"
+                )
     bases = {s.name: _Basis.of(owners[s.name][2], signals.at(s.name)) for s in found}
     total = sum(site.size for site in found)
     level = _threshold(list(bases.values()), (1.0 - sparsity) * total)

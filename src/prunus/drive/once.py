@@ -41,8 +41,9 @@ def prune(
     loss on held-out data, for schedules that adapt to it. An iterator is read once and kept; a
     loader is iterated anew at every pass.
     sequential: prune the blocks of a deep model one after the other, each on what the pruned ones
-    before it put out; blocks and progress: see `drive.prune_sequential`. Returns the masks; to go
-    on training with them, attach `methods.fixed()`. On an error the weights are as they were.
+    before it put out; blocks: see `drive.prune_sequential`. progress(done, of, name): before each
+    update and at the end, in steps or blocks. Returns the masks; to go on training with them,
+    attach `methods.fixed()`. On an error the weights are as they were.
     Raises AttachError for a model whose zeros an attached sparsifier keeps, SignalError if the
     method has no end or misses a signal, TargetError, NotFiniteError.
     """
@@ -64,6 +65,8 @@ def prune(
             seed=seed,
             progress=progress,
         )
+    if blocks is not None:
+        raise SignalError(f"blocks={blocks!r} counts with sequential=True only: pass it, too")
     model = sites_.unwrap(model)
     sites = sites_.find(model, include, exclude)
     parameters = sites_.parameters(model, sites)
@@ -72,14 +75,22 @@ def prune(
         model, sites, parameters, {}, inputs, batches, loss, training=False, validate=validate
     )
     with restored(model, parameters):
-        return _run(sparsifier, state, sparsifier.last, sources).masks
+        return _run(sparsifier, state, sparsifier.last, sources, progress).masks
 
 
-def _run(sparsifier: Sparsifier, state: State, last: int, sources: Sources) -> State:
+def _run(
+    sparsifier: Sparsifier,
+    state: State,
+    last: int,
+    sources: Sources,
+    progress: Progress | None,
+) -> State:
     """Make all updates up to step `last`, in place."""
     sites, parameters = sources.sites, dict(sources.parameters)
     while state.step <= last:
         while (needs := sparsifier.needs(state)) is not None:
+            if progress is not None:
+                progress(state.step, last + 1, f"step {state.step}, update {state.round}")
             signals = collect(needs, replace(sources, masks=state.masks))
             result = sparsifier.update(state, sites, sites_.weights(parameters), signals)
             state = replace(result.state, round=max(result.state.round, state.round + 1))
@@ -88,6 +99,8 @@ def _run(sparsifier: Sparsifier, state: State, last: int, sources: Sources) -> S
                 for name, mask in state.masks.items():
                     parameters[name].masked_fill_(~mask, 0)
         state = state.next_step()
+    if progress is not None:
+        progress(last + 1, last + 1, "")
     return state
 
 

@@ -40,6 +40,21 @@ def write(
 
 
 @contextmanager
+def same_state(model: nn.Module) -> Iterator[None]:
+    """Give buffers (running statistics) and training modes back as they were, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextmanager
 def restored(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], *, always: bool = False
 ) -> Iterator[None]:

@@ -13,7 +13,7 @@ from prunus.arguments import check_sparsity
 from prunus.core import Sparsifier
 from prunus.drive.data import batches_of
 from prunus.drive.once import prune
-from prunus.drive.rewrite import restored
+from prunus.drive.rewrite import restored, same_state
 from prunus.drive.signals import Loss
 
 
@@ -32,8 +32,9 @@ def sensitivity(
     """Return {site: {sparsity: evaluate()}} with this site alone pruned by method(sparsity).
 
     What `allocations.by_sensitivity` reads. evaluate: returns a loss of the model as it is then,
-    e.g. on held-out data; inputs, batches and loss: what `prune` needs for this method. Weights and
-    biases are as before when it returns, also after an error. Sparsity 0 is evaluated once.
+    e.g. on held-out data; inputs, batches and loss: what `prune` needs for this method. Weights,
+    biases, buffers and modes are as before when it returns, also after an error. Sparsity 0
+    is evaluated once.
     Source: Han, Pool, Tran, Dally 2015, arXiv 1506.02626, section 4.
     """
     for sparsity in sparsities:
@@ -41,7 +42,7 @@ def sensitivity(
     found = sites_.find(model, include, exclude)
     parameters = sites_.parameters(model, found)
     data = batches_of(batches)
-    with torch.no_grad():
+    with torch.no_grad(), same_state(model):
         dense = float(evaluate())
     losses: dict[str, dict[float, float]] = {}
     for site in found:
@@ -50,7 +51,8 @@ def sensitivity(
             if sparsity == 0:
                 losses[site.name][0.0] = dense
                 continue
-            with restored(model, {site.name: parameters[site.name]}, always=True):
+            held = {site.name: parameters[site.name]}
+            with restored(model, held, always=True), same_state(model):
                 prune(
                     model,
                     method(sparsity),

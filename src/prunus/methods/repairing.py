@@ -2,11 +2,13 @@
 
 They look at the layer that reads a neuron: exclude the first layer, or its inputs are the data. The
 mask zeroes the reader's columns; cutting the neurons out is surgery. All want calibration batches.
+By default a site keeps one input at least (a depthwise layer has one and keeps it): others give
+more, or a TargetError names it.
 """
 
 from __future__ import annotations
 
-from prunus import schedules, scores, solvers, structures
+from prunus import allocations, schedules, scores, solvers, structures
 from prunus.compose import compose
 from prunus.core import Allocation, Schedule, Score, Solver, Sparsifier, Structure
 
@@ -21,7 +23,7 @@ def thinet(
 ) -> Sparsifier:
     """Remove the inputs that a layer's output misses least, greedily, and re-scale what stays.
 
-    Defaults: channel(1), uniform; fit="weights" re-fits all weights: see solvers.thinet.
+    Defaults: channel(1), floor(uniform); fit="weights" re-fits all weights: see solvers.thinet.
     Source: Luo, Wu, Lin 2017, arXiv 1707.06342.
     """
     solver = solvers.thinet(fit, damping)
@@ -38,7 +40,7 @@ def channel_lasso(
 ) -> Sparsifier:
     """Keep the inputs that a lasso over one factor per input chooses, and re-fit the weights.
 
-    Defaults: channel(1), uniform: see solvers.channel_lasso.
+    Defaults: channel(1), floor(uniform): see solvers.channel_lasso.
     Source: He, Zhang, Sun 2017, arXiv 1707.06168.
     """
     solver = solvers.channel_lasso(fit, damping)
@@ -55,7 +57,7 @@ def greedy_forward(
 ) -> Sparsifier:
     """Start from no inputs and add the one that lowers the error of the layer's output most.
 
-    Defaults: channel(1), uniform, weights re-fitted: see solvers.greedy_forward.
+    Defaults: channel(1), floor(uniform), weights re-fitted: see solvers.greedy_forward.
     Source: Ye, Gong, Nie, Zhou, Klivans, Liu 2020, arXiv 2003.01794.
     """
     solver = solvers.greedy_forward(fit, damping)
@@ -71,7 +73,7 @@ def merge_similar(
 ) -> Sparsifier:
     """Merge inputs that are alike: the one that goes hands its weights on, w_i <- w_i + w_j.
 
-    Defaults: channel(1), uniform; scaled: also multiples of each other: see solvers.merge.
+    Defaults: channel(1), floor(uniform); scaled: also multiples of each other: see solvers.merge.
     Source: Srinivas & Babu 2015, arXiv 1507.06149.
     """
     solver = solvers.merge(scaled)
@@ -133,7 +135,7 @@ def _inputs(
     return compose(
         score,
         structure=structure or structures.channel(1),
-        allocation=allocation,
+        allocation=allocation or allocations.floor(allocations.uniform()),
         schedule=_once(sparsity, structure),
         solve=solver,
         name=f"{name}({sparsity:g})",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from prunus.arguments import check_sparsity
 from prunus.core import Allocation, Sparsifier
 from prunus.drive import prune
 from prunus.drive.records import read_record, write_record
+from prunus.drive.rewrite import same_state
 from prunus.drive.signals import Loss
 from prunus.errors import NotFiniteError, TargetError, ValueRangeError
 
@@ -121,7 +123,7 @@ class Space:
         parameters = dict(sites_.unwrap(self.model).named_parameters())
         backup = {name: p.detach().clone() for name, p in parameters.items()}
         allocation = allocations.overrides(allocations.uniform(), sparsities)
-        try:
+        with same_state(self.model), _given_back(parameters, backup):
             masks = prune(
                 self.model,
                 self.method(allocation),
@@ -139,13 +141,21 @@ class Space:
             }
             with torch.no_grad():
                 value = float(self.objective(self.model, reached))
-        finally:
-            with torch.no_grad():
-                for name, weight in backup.items():
-                    parameters[name].copy_(weight)
         if math.isnan(value):
             raise NotFiniteError(f"the objective is not a number at {dict(sparsities)}")
         return value
+
+
+@contextmanager
+def _given_back(
+    parameters: Mapping[str, nn.Parameter], backup: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in backup.items():
+                parameters[name].copy_(weight)
 
 
 def settings(space: Space, kind: str, **more: Any) -> dict[str, Any]:

@@ -76,6 +76,11 @@ class _Problem:
                 f"the inputs of {at.site.name!r} have shape {tuple(x.shape)}, its weight "
                 f"{tuple(w.shape)}; they are [groups, rows, n] with n = prod(shape[1:])"
             )
+        if at[BIAS].numel() != w.shape[0]:
+            raise ShapeError(
+                f"{at.site.name!r} (shape {at.site.shape}) has {at[BIAS].numel()} outputs, but a "
+                f"matrix of {w.shape[0]} rows, which groups share (ConvTranspose): exclude it"
+            )
         if not bool(torch.isfinite(x).all()):
             raise NotFiniteError(
                 f"the inputs of site {at.site.name!r} (shape {at.site.shape}) hold NaN or "

@@ -13,7 +13,7 @@ from prunus.core import Site
 from prunus.drive.signals import products
 from prunus.drive.signals.calls import Calls
 from prunus.drive.signals.patches import Inputs, inputs_of, own_forward
-from prunus.drive.signals.sources import Sources, as_call, untouched
+from prunus.drive.signals.sources import Sources, call, untouched
 from prunus.errors import SignalError, ValueRangeError
 from prunus.sites import biases_of, evaluating
 
@@ -105,8 +105,9 @@ def _expect_reached(sources: Sources, seen: Set[str]) -> None:
     for site in sources.sites:
         if site.name not in seen:
             raise SignalError(
-                f"the calibration batches never reached {site.name!r} (shape {site.shape}), so "
-                f"nothing is known of its inputs; exclude it, or give batches that reach it"
+                f"no calibration batch ran the module of {site.name!r} (shape {site.shape}), so "
+                f"nothing is known of its inputs; exclude it (nn.MultiheadAttention uses weights "
+                f"without running their modules), or give batches that reach it"
             )
 
 
@@ -192,8 +193,7 @@ def run(sources: Sources) -> None:
             if sources.loss is not None:
                 sources.loss(sources.model, batch)
             else:
-                args, kwargs = as_call(batch)
-                sources.model(*args, **kwargs)
+                call(sources.model, batch)
             count += 1
     if not count:
         raise ValueRangeError("the calibration data is empty: batches= gave no batch")

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunus.core import Site
 from prunus.drive.signals.outputs import spread
-from prunus.drive.signals.sources import Sources, as_call, untouched
+from prunus.drive.signals.sources import Sources, call, untouched
 from prunus.errors import SignalError
 from prunus.sites import evaluating
 
@@ -57,8 +57,7 @@ def norm_scale(sources: Sources) -> dict[str, Tensor]:
             if sources.inputs is None and sources.loss is not None:
                 sources.loss(sources.model, batch)
             else:
-                args, kwargs = as_call(batch)
-                sources.model(*args, **kwargs)
+                call(sources.model, batch)
     finally:
         for handle in handles:
             handle.remove()

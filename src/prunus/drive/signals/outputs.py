@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from prunus.core import Site
-from prunus.drive.signals.sources import Sources, as_call, untouched
+from prunus.drive.signals.sources import Sources, call, untouched
 from prunus.errors import SignalError, ValueRangeError
 from prunus.scores.pairs import nearest_first
 from prunus.sites import evaluating
@@ -123,8 +123,7 @@ def outputs_of(
                     if sources.loss is not None:
                         value = sources.loss(sources.model, batch)
                     else:
-                        args, kwargs = as_call(batch)
-                        value = sources.model(*args, **kwargs)
+                        value = call(sources.model, batch)
                 seen |= {output.site for output in f.outputs}
                 yield f.outputs, value if loss else found[-1]
     finally:

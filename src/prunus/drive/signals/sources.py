@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch of arguments; SignalError for one that only a loss can take apart."""
+    args, kwargs = as_call(batch)
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise SignalError(
+            f"without loss= each batch is the arguments of a call, and the model does not take "
+            f"this one ({error}): if it holds targets, pass loss=, where loss(model, batch) "
+            f"returns a scalar; else give inputs only"
+        ) from error
+    return model(*args, **kwargs)
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
