@@ -4,6 +4,7 @@
 # ruff: noqa: PT017
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -66,6 +67,11 @@ def signals_of(needs, sites, weights, step):
     return Signals(kinds, loss=1.0 + step % 3)
 
 
+def pattern(reason):
+    """Every word of a reason in its order; what it fills in may be anything."""
+    return ".*".join(re.escape(part) for part in re.split(r"\{[^}]*\}", reason))
+
+
 def refused(parts, error):
     """Whether an error is one of the documented refusals, word for word."""
     slots = Slots(
@@ -80,7 +86,7 @@ def refused(parts, error):
         parts["revive"],
     )
     return any(
-        check(slots) and reason.split("{")[-1].split("}")[-1] in str(error)
+        check(slots) and re.search(pattern(reason), str(error), re.DOTALL)
         for check, reason in REFUSALS
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from prunus.drive.data import batches_of
 from prunus.drive.progress import Progress, shown
 from prunus.drive.signals import Loss
 from prunus.errors import ValueRangeError
@@ -55,7 +56,7 @@ def evolve(
             f"population >= 2, generations >= 0, spread > 0, got {population}, {generations}, "
             f"{spread}"
         )
-    data = (inputs, batches, loss)
+    data = (inputs, batches_of(batches), loss)
     space = Space(
         model, method, objective, sparsity, least, most, maximize, include, exclude, *data
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from prunus.drive.data import batches_of
 from prunus.drive.progress import Progress, shown
 from prunus.drive.signals import Loss
 from prunus.errors import MissingPackageError, ValueRangeError
@@ -48,7 +49,7 @@ def search(
     optuna = _optuna()
     if trials < 1:
         raise ValueRangeError(f"a search makes at least 1 trial, got {trials}")
-    data = (inputs, batches, loss)
+    data = (inputs, batches_of(batches), loss)
     space = Space(
         model, method, objective, sparsity, least, most, maximize, include, exclude, *data
     )

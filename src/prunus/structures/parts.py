@@ -111,7 +111,7 @@ def layer(reduction: str = "mean") -> Structure:
     """The whole weight of a site as one unit: layers live or die; needs `global_` to choose them.
 
     reduction: a layer scores the "mean" or the "sum" of its elements. Layout: one row of one unit,
-    so that the target is met to within the largest site.
+    so that the target is met to within the largest site. Source: none; named after its unit.
     """
     if reduction not in ("sum", "mean"):
         raise ValueRangeError(f"reduction is 'sum' or 'mean', got {reduction!r}")

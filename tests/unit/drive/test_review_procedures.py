@@ -72,7 +72,8 @@ def test_searches_give_buffers_and_modes_back(scan):
         pr.drive.sensitivity(model, methods.one_shot_magnitude, recalibrated, sparsities=(0.0, 0.5))
     else:
         pr.search.evolve(
-            model, lambda a: methods.one_shot_magnitude(0.5, allocation=a), recalibrated, sparsity=0.5,
+            model, lambda a: methods.one_shot_magnitude(0.5, allocation=a), recalibrated,
+            sparsity=0.5,
             population=4, generations=1,
         )  # fmt: skip
     assert not any(module.training for module in model.modules())
@@ -106,7 +107,8 @@ def test_a_generator_serves_all_rounds():
 
     tickets = methods.train_prune_finetune(
         network(), lambda m: torch.optim.SGD(m.parameters(), 0.1), train,
-        sparsity=0.5, rounds=2, fine_tune=train, score=scores.wanda(), batches=(pair()[0] for _ in range(2)),
+        sparsity=0.5, rounds=2, fine_tune=train, score=scores.wanda(),
+        batches=(pair()[0] for _ in range(2)),
     )  # fmt: skip
     assert tickets[-1].sparsity == pytest.approx(0.5, abs=0.01)
 

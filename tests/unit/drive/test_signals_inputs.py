@@ -281,7 +281,7 @@ class Idle(nn.Module):
     [
         (nn.Linear(2, 2), {}, SignalError, "pass batches=, calibration data"),
         (nn.Linear(2, 2), {"batches": []}, ValueRangeError, "gave no batch"),
-        (Idle(), {"batches": [torch.ones(1, 2)]}, SignalError, r"never reached 'idle\.weight'"),
+        (Idle(), {"batches": [torch.ones(1, 2)]}, SignalError, r"ran the module of 'idle\.weight'"),
         (nn.LSTM(2, 2), {"batches": [torch.ones(1, 2)]}, SignalError, "'weight_ih_l0'.*cannot be"),
     ],
 )
