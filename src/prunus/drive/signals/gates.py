@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from prunus.drive.signals.flow import ones_of, positive_network, total_of
 from prunus.drive.signals.outputs import Following, Output, outputs_of, spread
-from prunus.drive.signals.sources import Sources, as_call
+from prunus.drive.signals.sources import Sources, as_call, widened
 from prunus.errors import SignalError
 from prunus.sites import evaluating
 
@@ -19,7 +19,7 @@ def gate(sources: Sources) -> dict[str, Tensor]:
     count = 0
     for outputs, loss in outputs_of(sources, differentiable=True, loss=True):
         for output, grad in _gradients(outputs, loss):
-            value = output.units((grad * output.values.detach()).double()).sum(1)
+            value = output.units(_wide_product(grad, output.values)).sum(1)
             totals[output.site] = totals.get(output.site, 0.0) + value
         count += 1
     return spread(sources.sites, {name: value / count for name, value in totals.items()})
@@ -35,7 +35,7 @@ def output_taylor(sources: Sources) -> dict[str, Tensor]:
     counts: dict[str, int] = {}
     for outputs, loss in outputs_of(sources, differentiable=True, loss=True):
         for output, grad in _gradients(outputs, loss):
-            parts = output.examples((grad * output.values.detach()).double()) * len(grad)
+            parts = output.examples(_wide_product(grad, output.values)) * len(grad)
             name, value = output.site, parts.mean(2).abs().sum(0)
             totals[name] = totals.get(name, 0.0) + value
             counts[name] = counts.get(name, 0) + len(parts)
@@ -88,6 +88,11 @@ def importance(sources: Sources) -> dict[str, Tensor]:
     if missing:
         raise SignalError(f"the outputs of {', '.join(missing)} cannot be seen; exclude them")
     return spread(sources.sites, found)
+
+
+def _wide_product(grad: Tensor, values: Tensor) -> Tensor:
+    """Return grad * values in float64; a product of two small halves would underflow."""
+    return (widened(grad) * widened(values.detach())).double()
 
 
 def _gradients(
