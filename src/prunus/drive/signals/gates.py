@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from prunus.drive.signals.flow import ones_of, positive_network, total_of
+from prunus.drive.signals.linear import norms_as_scale
 from prunus.drive.signals.outputs import Following, Output, outputs_of, spread
 from prunus.drive.signals.sources import Sources, as_call, widened
 from prunus.errors import SignalError
@@ -67,7 +68,8 @@ def importance(sources: Sources) -> dict[str, Tensor]:
     """Return the importance propagated to each output: |W_(l+1)|^T ... |W_L|^T 1, no data.
 
     Through the masked network of absolute weights (see `flow`), as its derivative by the output,
-    summed over positions; activations count as linear, pooling and norms as they act on it.
+    summed over positions; activations count as linear, pooling and batch norms as they act on
+    it, other norms as their scale (`linear.norms_as_scale`).
     """
     if sources.inputs is None:
         raise SignalError(
@@ -76,7 +78,7 @@ def importance(sources: Sources) -> dict[str, Tensor]:
         )
     state, leaves = positive_network(sources)
     weights = {id(leaf): name for name, leaf in leaves.items()}
-    with evaluating(sources.model), torch.enable_grad():
+    with evaluating(sources.model), norms_as_scale(sources.model), torch.enable_grad():
         args, kwargs = as_call(ones_of(sources.inputs))
         with Following(weights, differentiable=True) as following:
             result = functional_call(sources.model, state, args, kwargs, tie_weights=False)
