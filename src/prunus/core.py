@@ -218,6 +218,7 @@ class Schedule:
     gradual: whether it passes through other sparsities on the way; falls: whether it asks for less
     again, so that what is off has to return. adapt(reached, loss, best) -> the sparsity to go to at
     an update, from the one reached, the validation loss and the lowest so far; None = at(step).
+    measure: what its numbers are a fraction of; None: of whatever the allocation counts.
     """
 
     name: str
@@ -227,6 +228,7 @@ class Schedule:
     gradual: bool = False
     falls: bool = False
     adapt: Callable[[float, float, float], float] | None = None
+    measure: str | None = None
 
 
 @dataclass(frozen=True)
