@@ -40,7 +40,7 @@ def gradient(sources: Sources) -> dict[str, Tensor]:
             count += 1
     if not count:
         raise ValueRangeError("the calibration data is empty: batches= gave no batch")
-    return {name: value / count for name, value in total.items()}
+    return {name: value.div_(count) for name, value in total.items()}
 
 
 def _grad_of(site: Site, parameter: nn.Parameter) -> Tensor:
