@@ -114,6 +114,7 @@ class Sparsifier:
     init(sites, weights, seed) -> State; update(state, sites, weights, signals) -> Update.
     name: what reports show. target: the sparsity it ends with, over all its sites (None: whatever
     comes out). last: the step of its last update (None: it never ends).
+    observes: whether it learns from every training step, and knows nothing where nothing trains.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Sparsifier:
     update: Callable[[State, Sequence[Site], Weights, Signals], Update]
     target: float | None = None
     last: int | None = None
+    observes: bool = False
 
     def __repr__(self) -> str:
         """Show the method and its arguments."""
