@@ -57,7 +57,14 @@ def by_site(rules: Mapping[str, Sparsifier]) -> Sparsifier:
         return _merge(state, results)
 
     name = ", ".join(f"{pattern!r}: {method.name}" for pattern, method in rules.items())
-    return Sparsifier(f"by_site({{{name}}})", needs, init, update, last=_latest(methods))
+    return Sparsifier(
+        f"by_site({{{name}}})",
+        needs,
+        init,
+        update,
+        last=_latest(methods),
+        observes=any(method.observes for method in methods),
+    )
 
 
 def then(first: Sparsifier, step: int, second: Sparsifier) -> Sparsifier:
@@ -99,7 +106,8 @@ def then(first: Sparsifier, step: int, second: Sparsifier) -> Sparsifier:
 
     last = None if second.last is None else second.last + step
     name = f"then({first.name}, {step}, {second.name})"
-    return Sparsifier(name, needs, init, update, target=second.target, last=last)
+    sees = first.observes or second.observes
+    return Sparsifier(name, needs, init, update, second.target, last, sees)
 
 
 def _moved(state: State, steps: int) -> State:

@@ -114,6 +114,7 @@ class Sparsifier:
     init(sites, weights, seed) -> State; update(state, sites, weights, signals) -> Update.
     name: what reports show. target: the sparsity it ends with, over all its sites (None: whatever
     comes out). last: the step of its last update (None: it never ends).
+    observes: whether it learns from every training step, and knows nothing where nothing trains.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Sparsifier:
     update: Callable[[State, Sequence[Site], Weights, Signals], Update]
     target: float | None = None
     last: int | None = None
+    observes: bool = False
 
     def __repr__(self) -> str:
         """Show the method and its arguments."""
@@ -218,6 +220,7 @@ class Schedule:
     gradual: whether it passes through other sparsities on the way; falls: whether it asks for less
     again, so that what is off has to return. adapt(reached, loss, best) -> the sparsity to go to at
     an update, from the one reached, the validation loss and the lowest so far; None = at(step).
+    measure: what its numbers are a fraction of; None: of whatever the allocation counts.
     """
 
     name: str
@@ -227,6 +230,7 @@ class Schedule:
     gradual: bool = False
     falls: bool = False
     adapt: Callable[[float, float, float], float] | None = None
+    measure: str | None = None
 
 
 @dataclass(frozen=True)

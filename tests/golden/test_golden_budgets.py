@@ -176,8 +176,8 @@ def test_by_latency_is_the_best_of_all_combinations():
 def test_a_threshold_removes_what_lies_below_it():
     weights = given(5)
     allocation = allocations.threshold({"a": 0.8, "*": 2.0})
-    state = run(allocation, 0.5, weights)
-    for name, limit in (("a", 0.4), ("b", 1.0), ("c", 1.0)):
+    state = run(allocation, 1.0, weights)
+    for name, limit in (("a", 0.8), ("b", 2.0), ("c", 2.0)):
         assert torch.equal(state.masks[name], weights[name].abs() >= limit)
 
 

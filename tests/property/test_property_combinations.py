@@ -108,7 +108,8 @@ def run(parts):
         for s in sites
     ]
     grain = max(rows * unit for rows, _, unit in layouts)
-    measured = parts["allocation"].measure != "weights" or parts["schedule"].adapt is not None
+    measured = parts["allocation"].measure != "weights"
+    reached, lowest = 0.0, float("inf")
     try:
         state = method.init(sites, weights, 0)
         for step in range(min(12, (method.last or 0) + 1)):
@@ -116,11 +117,20 @@ def run(parts):
             if needs is not None:
                 asked = parts["schedule"].at(state.step)
                 signals = signals_of(needs, sites, weights, step)
+                if asked is not None and parts["schedule"].adapt is not None:
+                    lowest = min(lowest, signals.loss)
+                    asked = parts["schedule"].adapt(reached, signals.loss, lowest)
                 result = method.update(state, sites, weights, signals)
                 state = result.state
                 off = sum(int((~m).sum()) for m in state.masks.values())
                 if asked is not None and not measured:
                     assert abs(off - asked * total) <= grain * (1 + 1e-6), (off, asked * total)
+                reached = off / total
+                for s in sites:  # what was asked of each site is what its mask has
+                    mask = state.masks.get(s.name)
+                    kept = s.size if mask is None else int(mask.sum())
+                    if asked is not None:
+                        assert abs(s.size - kept - state.sparsity[s.name] * s.size) < 1e-6 * s.size
                 for name, w in result.weights.items():
                     weights[name] = w.clone()
             assert all(m.dtype == torch.bool for m in state.masks.values())

@@ -1,62 +1,17 @@
-"""Budgets that follow measurements or the sizes of scores instead of the shapes."""
+"""Budgets that follow measurements instead of the shapes."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
-
-import torch
-from torch import Tensor
 
 from prunus.core import Allocation, Scores, Site
 from prunus.errors import TargetError, ValueRangeError
-from prunus.select import global_counts
 from prunus.sites import matches
 
 Table = TypeVar("Table")
-
-
-def lamp() -> Allocation:
-    """One threshold over layer-adaptive magnitudes: s_u^2 / sum of s_v^2 over all v not below u.
-
-    s: the scores of a site's units, meant for `scores.magnitude()`; units that tie are ordered by
-    index. The largest unit of a site has 1 and all others at most 1/2, so that every site keeps one
-    before any keeps two. Within a site the order is that of the scores.
-    Source: Lee, Park, Mo, Ahn, Shin 2021, arXiv 2010.07611, eq. 4.
-    """
-
-    def share(sites: Sequence[Site], scores: Scores, sparsity: float) -> dict[str, float]:
-        keep = (1.0 - sparsity) * sum(site.size for site in sites)
-        sizes = {site.name: site.unit for site in sites}
-        counts = global_counts(_Adapted(scores), sizes, keep)
-        return {s.name: 1.0 - counts[s.name] * s.unit / s.size if s.size else 0.0 for s in sites}
-
-    return Allocation("lamp", share, compares=True)
-
-
-class _Adapted(Mapping[str, Tensor]):
-    """Scores divided by what is left below them, site by site, computed again on every access."""
-
-    def __init__(self, scores: Scores) -> None:
-        self._scores = scores
-
-    def __getitem__(self, name: str) -> Tensor:
-        scores = self._scores[name]
-        flat, order = scores.reshape(-1).sort(stable=True, descending=True)
-        # largest first, so a unit's sum over those not below it runs from the front
-        squares = flat.clamp(min=0).double().square()
-        total = squares.cumsum(0)
-        ratio = torch.where(total > 0, squares / total.clamp(min=1e-300), 0.0)
-        ratio = torch.where(flat == float("-inf"), float("-inf"), ratio)
-        return torch.empty_like(ratio).scatter_(0, order, ratio).reshape(scores.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._scores)
-
-    def __len__(self) -> int:
-        return len(self._scores)
 
 
 def by_sensitivity(losses: Mapping[str, Mapping[float, float]]) -> Allocation:

@@ -50,7 +50,7 @@ def observed(inner: Sparsifier, score: Score) -> Sparsifier:
             return Update(replace(state, round=state.round + 1))
         return inner.update(state, sites, weights, signals)
 
-    return replace(inner, needs=needs, update=update)
+    return replace(inner, needs=needs, update=update, observes=True)
 
 
 def at_site(state: State, site: Site, signals: Signals) -> Context:

@@ -99,6 +99,21 @@ REFUSALS: tuple[tuple[Callable[[Slots], bool], str], ...] = (
         "erk",
     ),
     (
+        lambda s: s.schedule.measure not in (None, s.allocation.measure),
+        "{schedule} says which fraction of a threshold holds, but {allocation} counts {measure}; "
+        "use allocations.threshold(q), or a schedule of sparsities (cubic)",
+    ),
+    (
+        lambda s: s.allocation.measure == "threshold" and s.schedule.final != 1.0,
+        "{allocation} removes what lies below it, but {schedule} ends at {final:g} of it; use "
+        "threshold_ramp or one_shot(1.0), or an allocation that counts weights",
+    ),
+    (
+        lambda s: s.schedule.adapt is not None and s.allocation.measure != "weights",
+        "{schedule} adapts the fraction of weights that is removed, but {allocation} counts "
+        "{measure}; use an allocation that counts weights, or a schedule that does not adapt",
+    ),
+    (
         lambda s: s.rounds < 1,
         "an update has at least one round, got {rounds}",
     ),

@@ -51,6 +51,11 @@ def prune(
     batches = batches_of(batches)
     if sparsifier.last is None:
         raise SignalError(f"{sparsifier} never ends by itself: attach it to an optimizer instead")
+    if sparsifier.observes:
+        raise SignalError(
+            f"{sparsifier} scores by what it observes at every training step, and nothing trains "
+            f"here: attach it to an optimizer, or take a score of the weights as they are"
+        )
     if sequential:
         if batches is None:
             raise SignalError("sequential=True runs the blocks on data: pass batches=")

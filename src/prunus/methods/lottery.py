@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -107,10 +108,12 @@ def train_prune_finetune(
     on. score, structure, allocation, solve: the slots of `compose`; batches, loss, inputs: as for
     `prune`, for scores that read data. Round i keeps (1 - s)^(i / rounds). folder, progress: as for
     lottery_ticket. Returns round 0 (dense) to `rounds`. Defaults: one round, magnitude, element,
-    global_. Source: Han, Pool, Tran, Dally 2015, arXiv 1506.02626.
+    global_. A score that observes the training (movement) sees every step of it, over all rounds.
+    Source: Han, Pool, Tran, Dally 2015, arXiv 1506.02626.
     """
+    score = score or scores.magnitude()
     method = compose(
-        score or scores.magnitude(),
+        replace(score, observe=None),
         structure=structure,
         allocation=allocation or allocations.global_(),
         schedule=schedules.iterative(sparsity, rounds, every=1),
@@ -128,6 +131,7 @@ def train_prune_finetune(
         start,
         include=include,
         exclude=exclude,
+        watch=score if score.observe else None,
         data=Data(batches_of(batches), loss, inputs),
         folder=folder,
         progress=progress,

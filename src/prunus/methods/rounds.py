@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus import sites
-from prunus.core import Masks, Sparsifier, State
+from prunus.compose.memory import observed
+from prunus.core import Masks, Score, Site, Sparsifier, State, Update, Weights
 from prunus.drive import attach
 from prunus.drive.checkpoint import from_blob, to_blob
 from prunus.drive.progress import Progress, shown
@@ -99,7 +100,8 @@ class Book:
 class Rounds:
     """Train, prune, go on in one of three ways, again and again; `run` returns the tickets.
 
-    method: prunes at its steps 0, 1, ...; way: "weights", "learning_rate" or "fine_tune".
+    method: prunes at its steps 0, 1, ...; way: "weights", "learning_rate" or "fine_tune";
+    watch: a score that observes every training step, for the method that reads its memory.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Rounds:
     folder: str | os.PathLike[str] | None = None
     progress: Progress | bool | None = None
     on_round: Callable[[Ticket], None] | None = None
+    watch: Score | None = None
 
     def run(self) -> list[Ticket]:
         """Run the rounds that no record holds yet."""
@@ -133,7 +136,7 @@ class Rounds:
                 if self.way == "weights":
                     self.model.load_state_dict(start)
             began = time.perf_counter()
-            result = self._trained(done, state, start)
+            result, state = self._trained(done, state, start)
             if not done:
                 book.write("start", {"start": start})
             ticket = Ticket(done, _sparsity(found, state.masks), state.masks, result)
@@ -174,27 +177,30 @@ class Rounds:
         book.rewind_random(last)
         return tickets, first["start"], state
 
-    def _trained(self, done: int, state: State, start: dict[str, Tensor]) -> Any:
+    def _trained(self, done: int, state: State, start: dict[str, Tensor]) -> tuple[Any, State]:
         """Train once more; in the first round note the weights to rewind to."""
         optimizer = self.make_optimizer(self.model)
-        if done == 0:
-            remove = _remember(self.model, optimizer, self.rewind_step, start)
-            result = self.train(self.model, optimizer, 0)
-            remove()
-            if not start:
-                raise ValueRangeError(
-                    f"training ended before step {self.rewind_step} (rewind_step)"
-                )
-            return result
-        run = self.fine_tune if self.way == "fine_tune" and self.fine_tune else self.train
+        remove = _remember(self.model, optimizer, self.rewind_step, start) if done == 0 else None
+        run = self.train
+        if done and self.way == "fine_tune" and self.fine_tune:
+            run = self.fine_tune
         keep = fixed(state.masks) if state.masks else None  # a sparsity of 0 keeps nothing
+        if self.watch is not None:
+            keep = _watching(self.watch, keep, state)
         include, exclude = self.include, self.exclude
         held = keep and attach(keep, self.model, optimizer, include=include, exclude=exclude)
         try:
-            return run(self.model, optimizer, self.rewind_step)
+            result = run(self.model, optimizer, self.rewind_step if done else 0)
+            if held and self.watch is not None:
+                state = replace(state, statistics=held.state.statistics)
         finally:
             if held:
                 held.detach()
+            if remove:
+                remove()
+        if not start:
+            raise ValueRangeError(f"training ended before step {self.rewind_step} (rewind_step)")
+        return result, state
 
     def _pruned(
         self, state: State, found: tuple[sites.Site, ...], parameters: Mapping[str, nn.Parameter]
@@ -219,6 +225,16 @@ class Rounds:
                 for name, mask in state.masks.items():
                     parameters[name].masked_fill_(~mask, 0)
         return replace(state, step=step + 1, round=0)
+
+
+def _watching(score: Score, inner: Sparsifier | None, before: State) -> Sparsifier:
+    """Let a score observe every step of a training that keeps its masks; it goes on from before."""
+    keep = inner or Sparsifier("watch", lambda s: None, lambda *_: State(), lambda s, *_: Update(s))
+
+    def init(found: Sequence[Site], weights: Weights, seed: int) -> State:
+        return replace(keep.init(found, weights, seed), statistics=before.statistics)
+
+    return observed(replace(keep, init=init, last=None), score)
 
 
 def _remember(

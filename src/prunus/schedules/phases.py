@@ -77,7 +77,7 @@ def threshold_ramp(begin: int, turn: int, end: int, every: int = 100) -> Schedul
         return slope * (min(now, turn) - begin + 1.5 * max(0, now - turn))
 
     name = f"threshold_ramp(begin={begin}, turn={turn}, end={end}, every={every})"
-    return Schedule(name, at, final=1.0, last=end, gradual=True)
+    return Schedule(name, at, final=1.0, last=end, gradual=True, measure="threshold")
 
 
 def adaptive(

@@ -23,7 +23,7 @@ def taylor() -> Score:
     weights. Differs: a group's importance sums these squares over its members (their eq. 8 for a
     set of parameters taken one by one), not the square of the sum.
     """
-    return Score("taylor", lambda w, at: _product(w, at).square(), frozenset({GRADIENT}))
+    return Score("taylor", lambda w, at: _product(w, at).square_(), frozenset({GRADIENT}), True)
 
 
 def snip() -> Score:
@@ -32,7 +32,7 @@ def snip() -> Score:
     Source: Lee, Ajanthan, Torr 2019, arXiv 1810.02340, eq. 4-5. Differs: not divided by the sum
     over all weights, which does not change the order.
     """
-    return Score("snip", lambda w, at: _product(w, at).abs(), frozenset({GRADIENT}))
+    return Score("snip", lambda w, at: _product(w, at).abs_(), frozenset({GRADIENT}), True)
 
 
 def synflow() -> Score:

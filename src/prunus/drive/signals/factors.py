@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prunus.core import Site
 from prunus.drive.signals.fisher import losses
 from prunus.drive.signals.patches import CONVOLUTIONS, TRANSPOSED
-from prunus.drive.signals.sources import Sources
+from prunus.drive.signals.sources import Sources, widened
 from prunus.errors import SignalError
 
 
@@ -49,7 +49,7 @@ def output_gram(sources: Sources) -> dict[str, Tensor]:
             grads = torch.autograd.grad(loss, tensors, allow_unused=True)
             for (site, module, _), grad in zip(made, grads, strict=True):
                 if grad is not None:
-                    total = _products(module, grad * len(grad))
+                    total = _products(module, widened(grad) * len(grad))
                     totals[site.name] = totals.get(site.name, 0.0) + total
                     counts[site.name] = counts.get(site.name, 0) + len(grad)
             made.clear()

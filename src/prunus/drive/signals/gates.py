@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from prunus.drive.signals.flow import ones_of, positive_network, total_of
+from prunus.drive.signals.linear import norms_as_scale
 from prunus.drive.signals.outputs import Following, Output, outputs_of, spread
-from prunus.drive.signals.sources import Sources, as_call
+from prunus.drive.signals.sources import Sources, as_call, widened
 from prunus.errors import SignalError
 from prunus.sites import evaluating
 
@@ -19,7 +20,7 @@ def gate(sources: Sources) -> dict[str, Tensor]:
     count = 0
     for outputs, loss in outputs_of(sources, differentiable=True, loss=True):
         for output, grad in _gradients(outputs, loss):
-            value = output.units((grad * output.values.detach()).double()).sum(1)
+            value = output.units(_wide_product(grad, output.values)).sum(1)
             totals[output.site] = totals.get(output.site, 0.0) + value
         count += 1
     return spread(sources.sites, {name: value / count for name, value in totals.items()})
@@ -35,7 +36,7 @@ def output_taylor(sources: Sources) -> dict[str, Tensor]:
     counts: dict[str, int] = {}
     for outputs, loss in outputs_of(sources, differentiable=True, loss=True):
         for output, grad in _gradients(outputs, loss):
-            parts = output.examples((grad * output.values.detach()).double()) * len(grad)
+            parts = output.examples(_wide_product(grad, output.values)) * len(grad)
             name, value = output.site, parts.mean(2).abs().sum(0)
             totals[name] = totals.get(name, 0.0) + value
             counts[name] = counts.get(name, 0) + len(parts)
@@ -67,7 +68,8 @@ def importance(sources: Sources) -> dict[str, Tensor]:
     """Return the importance propagated to each output: |W_(l+1)|^T ... |W_L|^T 1, no data.
 
     Through the masked network of absolute weights (see `flow`), as its derivative by the output,
-    summed over positions; activations count as linear, pooling and norms as they act on it.
+    summed over positions; activations count as linear, pooling and batch norms as they act on
+    it, other norms as their scale (`linear.norms_as_scale`).
     """
     if sources.inputs is None:
         raise SignalError(
@@ -76,7 +78,7 @@ def importance(sources: Sources) -> dict[str, Tensor]:
         )
     state, leaves = positive_network(sources)
     weights = {id(leaf): name for name, leaf in leaves.items()}
-    with evaluating(sources.model), torch.enable_grad():
+    with evaluating(sources.model), norms_as_scale(sources.model), torch.enable_grad():
         args, kwargs = as_call(ones_of(sources.inputs))
         with Following(weights, differentiable=True) as following:
             result = functional_call(sources.model, state, args, kwargs, tie_weights=False)
@@ -88,6 +90,11 @@ def importance(sources: Sources) -> dict[str, Tensor]:
     if missing:
         raise SignalError(f"the outputs of {', '.join(missing)} cannot be seen; exclude them")
     return spread(sources.sites, found)
+
+
+def _wide_product(grad: Tensor, values: Tensor) -> Tensor:
+    """Return grad * values in float64; a product of two small halves would underflow."""
+    return (widened(grad) * widened(values.detach())).double()
 
 
 def _gradients(

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from prunus.core import Site
-from prunus.drive.signals.sources import Sources, untouched
+from prunus.drive.signals.sources import Sources, untouched, wide_zeros
 from prunus.errors import SignalError, ValueRangeError
 
 
 def gradient(sources: Sources) -> dict[str, Tensor]:
-    """Return dL/dw per site: of this training step, or the mean over the calibration batches."""
+    """Return dL/dw per site: of this training step, or the mean over the calibration batches.
+
+    The mean is at least float32, whatever the weights are.
+    """
     if sources.training:
         return {site.name: _grad_of(site, sources.parameters[site.name]) for site in sources.sites}
     if sources.batches is None or sources.loss is None:
@@ -25,7 +28,7 @@ def gradient(sources: Sources) -> dict[str, Tensor]:
                 f"site {name!r} (shape {tuple(parameter.shape)}) is frozen, so it has no gradient; "
                 f"exclude it, or set requires_grad on it"
             )
-    total = {name: torch.zeros_like(p) for name, p in sources.parameters.items()}
+    total = {name: wide_zeros(p) for name, p in sources.parameters.items()}
     count = 0
     with torch.enable_grad(), untouched(sources.model):
         for batch in sources.batches:
@@ -37,7 +40,7 @@ def gradient(sources: Sources) -> dict[str, Tensor]:
             count += 1
     if not count:
         raise ValueRangeError("the calibration data is empty: batches= gave no batch")
-    return {name: value / count for name, value in total.items()}
+    return {name: value.div_(count) for name, value in total.items()}
 
 
 def _grad_of(site: Site, parameter: nn.Parameter) -> Tensor:

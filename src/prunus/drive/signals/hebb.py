@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.drive.signals.sources import Sources, as_call, untouched
+from prunus.drive.signals.sources import Sources, as_call, untouched, wide_zeros
 from prunus.errors import SignalError
 from prunus.sites import evaluating
 
@@ -22,7 +22,7 @@ def coactivation(sources: Sources) -> dict[str, Tensor]:
         raise SignalError(
             "co-activation runs the network: pass inputs=, one example batch; or batches= and loss="
         )
-    totals = {name: torch.zeros_like(p) for name, p in sources.parameters.items()}
+    totals = {name: wide_zeros(p) for name, p in sources.parameters.items()}
     examples = dict.fromkeys(totals, 0)
 
     def watch(name: str, parameter: nn.Parameter) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunus import rng
 from prunus.drive.signals.fisher import losses
-from prunus.drive.signals.sources import Sources
+from prunus.drive.signals.sources import Sources, wide_zeros, widened
 from prunus.errors import SignalError
 
 LIMIT = 1 << 13
@@ -21,7 +21,10 @@ PROBES = 64
 
 def hessian(sources: Sources) -> dict[str, Tensor]:
     """Return d2L/dw dw of each site alone, [size, size], mean over the batches; for small sites."""
-    found = {name: p.new_zeros(p.numel(), p.numel()) for name, p in sources.parameters.items()}
+    found = {
+        name: wide_zeros(p.new_empty(p.numel(), p.numel()))
+        for name, p in sources.parameters.items()
+    }
     count = 0
     for batch, site, column, row in _rows(sources):
         found[site][column] += row[site].flatten()
@@ -31,7 +34,7 @@ def hessian(sources: Sources) -> dict[str, Tensor]:
 
 def hessian_diagonal(sources: Sources) -> dict[str, Tensor]:
     """Return the exact d2L/dw_i^2, shaped like each weight, mean over the batches; small nets."""
-    found = {name: torch.zeros_like(p) for name, p in sources.parameters.items()}
+    found = {name: wide_zeros(p) for name, p in sources.parameters.items()}
     count = 0
     for batch, site, column, row in _rows(sources):
         found[site].view(-1)[column] += row[site].flatten()[column]
@@ -45,7 +48,7 @@ def hutchinson(sources: Sources) -> dict[str, Tensor]:
     Source: Hutchinson 1990; Bekas, Kokiopoulou, Saad 2007.
     """
     leaves = list(sources.parameters.values())
-    total = {name: torch.zeros_like(p) for name, p in sources.parameters.items()}
+    total = {name: wide_zeros(p) for name, p in sources.parameters.items()}
     count = 0
     for loss in losses(sources):
         grads = _gradients(loss, leaves)
@@ -59,7 +62,7 @@ def hutchinson(sources: Sources) -> dict[str, Tensor]:
             for value, sign, row in zip(
                 total.values(), signs, _gradients(along, leaves, retain=True), strict=True
             ):
-                value += sign * row.detach() / PROBES
+                value += widened(sign * row.detach()) / PROBES
         count += 1
     return {name: value / count for name, value in total.items()}
 
@@ -81,7 +84,7 @@ def _rows(sources: Sources) -> Iterator[tuple[int, str, int, dict[str, Tensor]]]
 
 
 def _inner(grads: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(g * s).sum() for g, s in zip(grads, signs, strict=True)]).sum()
+    return torch.stack([widened(g * s).sum() for g, s in zip(grads, signs, strict=True)]).sum()
 
 
 def _gradients(value: Tensor, leaves: Sequence[Tensor], retain: bool = False) -> list[Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prunus.drive.signals.fisher import losses
-from prunus.drive.signals.sources import Sources
+from prunus.drive.signals.sources import Sources, wide_zeros, widened
 
 
 def hessian_gradient(sources: Sources) -> dict[str, Tensor]:
@@ -16,17 +16,19 @@ def hessian_gradient(sources: Sources) -> dict[str, Tensor]:
     Hessian over the sites' weights, not that of each site alone.
     """
     leaves = list(sources.parameters.values())
-    mean = [torch.zeros_like(leaf) for leaf in leaves]
+    mean = [wide_zeros(leaf) for leaf in leaves]
     count = 0
     for loss in losses(sources):
         for total, grad in zip(mean, _grads(loss, leaves), strict=True):
             total += grad
         count += 1
     mean = [total / count for total in mean]
-    found = [torch.zeros_like(leaf) for leaf in leaves]
+    found = [wide_zeros(leaf) for leaf in leaves]
     for loss in losses(sources):
         grads = _grads(loss, leaves, create_graph=True)
-        along = torch.stack([(g * m).sum() for g, m in zip(grads, mean, strict=True)]).sum()
+        along = torch.stack(
+            [(widened(g) * m).sum() for g, m in zip(grads, mean, strict=True)]
+        ).sum()
         if along.requires_grad:  # a loss that is linear in the weights has no curvature
             for total, product in zip(found, _grads(along, leaves), strict=True):
                 total += product

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunus.core import Site
 from prunus.drive.signals.sources import Sources, call, untouched
-from prunus.errors import SignalError, ValueRangeError
+from prunus.errors import NotFiniteError, SignalError, ValueRangeError
 from prunus.scores.pairs import nearest_first
 from prunus.sites import evaluating
 
@@ -124,6 +124,7 @@ def outputs_of(
                         value = sources.loss(sources.model, batch)
                     else:
                         value = call(sources.model, batch)
+                _expect_numbers(f.outputs)
                 seen |= {output.site for output in f.outputs}
                 yield f.outputs, value if loss else found[-1]
     finally:
@@ -136,6 +137,16 @@ def outputs_of(
         )
     if not seen:
         raise ValueRangeError("the calibration data is empty: it reached no site")
+
+
+def _expect_numbers(outputs: Sequence[Output]) -> None:
+    """Refuse NaN where it is seen: comparisons and the gradient of a ReLU would hide it."""
+    for output in outputs:
+        if output.values.isnan().any():
+            raise NotFiniteError(
+                f"the outputs of {output.site!r} hold NaN on the calibration data: its weights or "
+                f"the data are not finite; repair them, nothing was changed"
+            )
 
 
 def _first(value: Any) -> Tensor:

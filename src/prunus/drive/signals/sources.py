@@ -79,6 +79,16 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor at least in float32: sums over batches stand still in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def wide_zeros(tensor: Tensor) -> Tensor:
+    """Return zeros of a tensor's shape to sum in: float32, or float64 if the tensor is."""
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Read example inputs as the arguments of a call: a tuple or list, a dict, or one value."""
     if isinstance(inputs, Mapping):
