@@ -69,6 +69,12 @@ REFUSED = [
     ({"schedule": CONSTANT, "remember": True}, "pass revive=True too"),
     ({"schedule": CONSTANT, "allocation": COUNTS_BYTES, "rounds": 2}, "counts bytes.*rounds=1"),
     ({"schedule": CONSTANT, "allocation": COUNTS_BYTES, "grow": GROW}, "counts bytes; use uniform"),
+    ({"schedule": schedules.threshold_ramp(0, 2, 4)}, "counts weights; use allocations.threshold"),
+    ({"schedule": CONSTANT, "allocation": allocations.threshold(0.2)}, "use threshold_ramp"),
+    (
+        {"schedule": schedules.adaptive(0.5, 0, 4), "allocation": COUNTS_BYTES},
+        "counts bytes.*does not adapt",
+    ),
     ({"schedule": CONSTANT, "rounds": 0}, "at least one round, got 0"),
 ]
 
