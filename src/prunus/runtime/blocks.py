@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +18,7 @@ from prunus.runtime.epilogue import Fusing
 from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import activation_name, plain
 from prunus.runtime.part import LinearPart
+from prunus.runtime.reach import hidden, switched
 from prunus.runtime.tracing import Tracer, quietly
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -74,7 +75,7 @@ def fuse(model: nn.Module, example: Any) -> Fused:
     names = {id(module): name for name, module in model.named_modules()}
     found = Fused()
     for name, block in blocks:
-        graph = trace(block, calls)
+        graph = None if switched(block) else trace(block, calls)
         if graph is None:
             continue
         taken = _Block(block, graph, calls.counts, names, set(found.activations) | found.residuals)
@@ -139,8 +140,12 @@ def record_calls(model: nn.Module, blocks: list[nn.Module], example: Any) -> _Ca
 
 def trace(block: nn.Module, calls: _Calls) -> fx.Graph | None:
     """The block's graph for the arguments it is called with; None if there is none to trust."""
+    return trace_with(block, calls.arguments.get(id(block), set()))
+
+
+def trace_with(block: nn.Module, given: set[frozenset[str] | None]) -> fx.Graph | None:
+    """The block's graph for these names of arguments; None where calls differ in more."""
     parameters = inspect.signature(block.forward).parameters
-    given = calls.arguments.get(id(block), set())
     if len(given) != 1 or None in given:
         return None
     (bound,) = given
@@ -154,10 +159,12 @@ def trace(block: nn.Module, calls: _Calls) -> fx.Graph | None:
     return graph if _memory(block) == before else None
 
 
-def _memory(block: nn.Module) -> list[tuple[str, int]]:
-    """Names and identities of all that the modules of a block hold."""
+def _memory(block: nn.Module) -> list[tuple[str, int, int]]:
+    """Names, identities, and lengths or versions, of all that the modules of a block hold."""
     return [
-        (name, id(value))
+        (name, id(value), len(value) if isinstance(value, list | dict | set | deque) else 0)
+        if not isinstance(value, Tensor)
+        else (name, id(value), 0 if value.is_inference() else value._version)
         for module in block.modules()
         for held in (vars(module), module._buffers, module._parameters)
         for name, value in held.items()
@@ -186,6 +193,7 @@ class _Block:
             and counts[id(module)] == counts[id(block)]
             and len(node.args) == 1
             and not node.kwargs
+            and hidden(block, "", (str(node.target),))
         ]
         self.activations: dict[str, str] = {}
         self.residuals: set[str] = set()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
-from prunus.runtime import candidates
+from prunus.runtime import blocks, candidates, reach
 from prunus.runtime.assemble import assemble
 from prunus.runtime.candidates import Calls
 from prunus.runtime.decide import Options, bucket_of, environment, rows_of, totals
@@ -179,17 +179,16 @@ def link(
 ) -> tuple[dict[str, nn.Module], tuple[tuple[str, ...], ...]]:
     """(swaps, names of each chain): chains in the places of their last layers where they win.
 
-    A chain's other layers become nn.Identity, so what comes between is as before. Found by watching
-    a forward pass; what another part of the model reads of a layer inside a chain would change the
-    output, so the whole is checked on the example. An older plan's chains are taken without the
-    clock.
+    A chain's other layers become nn.Identity. Found by watching a forward pass, and taken where the
+    code of the module that holds them says that nothing ever comes between (`_surely`). An older
+    plan's chains are taken without the clock.
     """
     old = options.replayed
     if not swaps or (options.choose is not None and old is None):
         return dict(swaps), ()
     model = assemble(base, swaps, forwards, share=True)
     found, kept = dict(swaps), []
-    for names in neighbours(model, example):
+    for names in _surely(model, example, forwards):
         layers = [swaps.get(name) for name in names]
         packed = [layer for layer in layers if isinstance(layer, SparseLinear)]
         if len(packed) < len(names) or (old is not None and names not in old.chained):
@@ -202,11 +201,60 @@ def link(
     return found, tuple(kept)
 
 
+def _surely(
+    model: nn.Module, example: Any, forwards: Mapping[str, Forward]
+) -> list[tuple[str, ...]]:
+    """Runs of layers of which each reads what the one before returns, whatever the input."""
+    follows = neighbours(model, example)
+    owners = {pair: reach.owner_of(pair) for pair in follows.items()}
+    modules = {owner: model.get_submodule(owner) for owner in set(owners.values())}
+    given = reach.arguments_of(model, modules, example)
+    sure = {}
+    for (one, other), owner in owners.items():
+        module = modules[owner]
+        # A forward pass that was rewritten takes no other arguments.
+        free = owner not in forwards and (
+            reach.varied(module, given[owner]) or reach.steered(module)
+        )
+        start = len(owner) + 1 if owner else 0
+        if (
+            not free
+            and reach.hidden(model, owner, (one, other))
+            and _wired(module, one[start:], other[start:], given[owner])
+        ):
+            sure[one] = other
+    return list(_runs(sure))
+
+
+def _wired(owner: nn.Module, one: str, other: str, given: set[frozenset[str] | None]) -> bool:
+    """Whether in the graph of a forward pass one layer feeds nothing but the other."""
+    graph = blocks.trace_with(owner, given)
+    if graph is None:
+        return False
+    modules = dict(owner.named_modules(remove_duplicate=False))
+    starts = [node for node in graph.nodes if node.op == "call_module" and node.target == one]
+    if len(starts) != 1:
+        return False
+    (node,) = starts
+    while len(node.users) == 1:
+        (user,) = node.users
+        besides = (*user.args[1:], *user.kwargs.values())
+        if user.op != "call_module" or user.args[:1] != (node,) or node in besides:
+            return False
+        if user.target == other:
+            return True
+        if type(modules[str(user.target)]) not in _TRANSPARENT:
+            return False
+        node = user
+    return False
+
+
+_TRANSPARENT = (nn.Identity, nn.Dropout)
 _TILEABLE = ("csr_f32", "tiled_f32")
 
 
-def neighbours(model: nn.Module, example: Any) -> list[tuple[str, ...]]:
-    """Names of sparse linear layers of which each reads exactly what the one before returns."""
+def neighbours(model: nn.Module, example: Any) -> dict[str, str]:
+    """{layer: the one that alone read its output}, among sparse linear layers."""
     watched = {
         name: module
         for name, module in model.named_modules()
@@ -241,12 +289,11 @@ def neighbours(model: nn.Module, example: Any) -> list[tuple[str, ...]]:
     finally:
         for handle in handles:
             handle.remove()
-    follows = {
+    return {
         one: other
         for (one, other), count in pairs.items()
         if count == counts[one] == counts[other] and one not in adding
     }
-    return list(_runs(follows))
 
 
 def _runs(follows: Mapping[str, str]) -> Iterator[tuple[str, ...]]:

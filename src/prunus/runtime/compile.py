@@ -17,6 +17,7 @@ from prunus.runtime import (
     decoder,
     fuse,
     networks,
+    reach,
     siblings,
     transformer,
 )
@@ -176,6 +177,9 @@ def _folded(model: M, example: Any, calls: Calls) -> tuple[M, list[fuse.Chain]]:
     """The model with batch norms folded in, and what follows each layer; as it is if that fails."""
     with same_randomness():
         chains = fuse.chains(assemble(model, {}, share=True), example, calls)
+        groups = [tuple(filter(None, dataclasses.astuple(found))) for found in chains]
+        sure = reach.together(assemble(model, {}, share=True), groups, example)
+    chains = [found for found, good in zip(chains, sure, strict=True) if good]
     swapped = fuse.folded(chains, model)
     if not swapped:
         return model, chains

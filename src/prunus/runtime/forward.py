@@ -10,6 +10,9 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from prunus.errors import ValueRangeError
+from prunus.runtime.reach import settings
+
 
 class Forward:
     """The source of a forward pass and what it names; immutable, shared by copies of a model."""
@@ -40,6 +43,7 @@ class Forward:
             "__reduce_ex__": lambda module, _: (_revived, (base, self), state_of(module)),
             "forward": scope["forward"],
             "prunus_forward": self,
+            **guarding(base),
             **copiers(base),
         }
         return cast("type[nn.Module]", type(base.__name__, (base,), members))
@@ -53,6 +57,22 @@ class Forward:
             for name, value in self.names.items()
         }
         return _restored, (self.source, plain)
+
+
+def guarding(base: type[nn.Module]) -> dict[str, Any]:
+    """Members that refuse to change an attribute whose value is written into the forward pass."""
+    used = settings(base)
+
+    def guarded(module: nn.Module, name: str, value: Any) -> None:
+        held = module.__dict__.get(name)
+        if name in used and isinstance(held, bool | int | float | str) and value != held:
+            raise ValueRangeError(
+                f"{name!r} of {base.__qualname__} was {held!r} when the model was compiled, and "
+                f"the forward pass was rewritten for that; set it on the original, compile again"
+            )
+        base.__setattr__(module, name, value)
+
+    return {"__setattr__": guarded}
 
 
 def copiers(base: type[nn.Module]) -> dict[str, Any]:

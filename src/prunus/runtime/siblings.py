@@ -20,6 +20,7 @@ from prunus.runtime.decide import Options, bucket_of, environment, rows_of, tota
 from prunus.runtime.forward import Forward
 from prunus.runtime.fuse import plain
 from prunus.runtime.modules import SparseLinear
+from prunus.runtime.tracing import UNTRACEABLE
 from prunus.runtime.transformer import SCOPE
 from prunus.runtime.verify import difference
 
@@ -291,7 +292,10 @@ def _facts(layer: nn.Module) -> dict[str, Any]:
 
 def _agree(apart: nn.Module, merged: nn.Module, example: Any) -> bool:
     """Whether both compute the same, in inference mode as well, where tensors have no versions."""
-    if difference(apart, merged, example) is not None:
+    try:
+        if difference(apart, merged, example) is not None:
+            return False
+        with torch.inference_mode():
+            return difference(apart, merged, example) is None
+    except UNTRACEABLE:  # e.g. a view of what only looks contiguous
         return False
-    with torch.inference_mode():
-        return difference(apart, merged, example) is None

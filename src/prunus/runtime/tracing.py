@@ -35,7 +35,12 @@ UNTRACEABLE = (
 
 
 class Tracer(fx.Tracer):
-    """fx.Tracer for a module that this thread alone uses."""
+    """fx.Tracer for a module that this thread alone uses.
+
+    Buffers are read when the graph runs, as parameters are: they may change from call to call.
+    """
+
+    proxy_buffer_attributes = True
 
     def trace(
         self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +86,8 @@ def _first_difference(
     """Where two outputs differ, with the size of the difference; None if they agree."""
     if [path for path, _ in wanted] != [path for path, _ in found]:
         return "the structure of the output"
+    if not wanted:
+        return "an output in which no tensor can be found"
     for (path, one), (_, other) in zip(wanted, found, strict=True):
         if not close(one, other, tolerance):
             gap = "shape or dtype"
@@ -135,16 +137,35 @@ def close(wanted: Tensor, found: Tensor, tolerance: Tolerance = FP32) -> bool:
     )
 
 
-def tensors(value: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of every tensor in nested mappings, sequences and dataclasses."""
+def tensors(value: Any, path: str = "output", depth: int = 8) -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of every tensor and number in nested containers and objects' attributes."""
     if isinstance(value, Tensor):
         yield path, value
+    elif isinstance(value, bool | int | float | complex):
+        yield path, torch.tensor(value)
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind in "biufc":
+            yield path, torch.from_numpy(value.copy())
+    elif not depth or isinstance(value, str | bytes | type | nn.Module) or callable(value):
+        return
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from tensors(inner, f"{path}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
+            yield from tensors(inner, f"{path}[{key!r}]", depth - 1)
+    elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
-            yield from tensors(inner, f"{path}[{index}]")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors(getattr(value, field.name), f"{path}.{field.name}")
+            yield from tensors(inner, f"{path}[{index}]", depth - 1)
+    else:
+        for name, inner in sorted(_attributes(value).items()):
+            yield from tensors(inner, f"{path}.{name}", depth - 1)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object holds, in a dictionary or in slots."""
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return held | getattr(value, "__dict__", {})
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    named = vars(kind).get("__slots__", ())
+    return (named,) if isinstance(named, str) else tuple(named)

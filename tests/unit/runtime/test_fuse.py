@@ -56,12 +56,19 @@ class Block(nn.Module):
         self.head, self.tail = nn.Linear(4, 6), nn.Linear(6, 3)
         self.flat = nn.BatchNorm1d(6)
 
-    def forward(self, x, scale=None):
+    def forward(self, x):
         y = self.relu(self.norm(self.one(x)))
         y = self.relu(x + self.last(self.two(y)))
-        if scale is not None:
-            y = y * scale
         return F.relu(self.tail(self.gelu(self.flat(self.head(y.mean((2, 3)))))))
+
+
+class Optional(Block):
+    """What comes between the layers depends on an argument that the example leaves out."""
+
+    def forward(self, x, scale=None):
+        y = self.one(x)
+        y = y if scale is None else y * scale
+        return self.norm(y)
 
 
 def test_a_trace_finds_what_follows_each_layer():
@@ -83,6 +90,14 @@ def test_a_trace_finds_what_follows_each_layer():
     }
     assert "with batch norm, gelu_tanh" in str(fast.plan)
     assert_same(model, fast, x)
+
+
+def test_an_argument_that_the_example_leaves_out_may_come_between():
+    model, x = settled(Optional()), draw(2, 4, 5, 6)
+    fast = compile(model, x, choose=forced)
+    assert isinstance(fast.norm, nn.BatchNorm2d)
+    assert_same(model, fast, x)
+    torch.testing.assert_close(fast(x, 2.0), model(x, 2.0), rtol=1e-4, atol=1e-4)
 
 
 class Untraceable(nn.Module):
