@@ -182,7 +182,9 @@ class Structure:
 
     layout(shape) -> (rows, units per row, elements per unit), or ShapeError;
     reduce(score) -> [rows, units]; expand(keep [rows, units], shape) -> bool tensor of that shape.
-    pinned: the sparsity that the structure itself fixes, None if it fixes none.
+    pinned: the sparsity that the structure itself fixes, None if it fixes none. outputs: how many
+    consecutive outputs have units of their own, so that a weight can be reduced and expanded piece
+    by piece, units in the same order; 0 where only the whole weight can.
     """
 
     name: str
@@ -190,6 +192,7 @@ class Structure:
     reduce: Callable[[Tensor], Tensor]
     expand: Callable[[Tensor, tuple[int, ...]], Tensor]
     pinned: float | None = None
+    outputs: int = 0
 
 
 @dataclass(frozen=True)

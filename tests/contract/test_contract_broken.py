@@ -73,6 +73,7 @@ STRUCTURES = {
     "local": replace(
         ELEMENT, reduce=lambda s: (s / s.sum().clamp(min=1e-6) if s.numel() else s).reshape(1, -1)
     ),
+    "outputs": replace(structures.channel(1), outputs=1),
     "pinned": replace(structures.n_of_m(2, 4), pinned=0.4),
     "same": replace(ELEMENT, reduce=lambda s: s.reshape(1, -1) + next(COUNTER)),
     "pure": replace(ELEMENT, reduce=lambda s: s.mul_(2).reshape(1, -1)),

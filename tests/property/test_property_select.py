@@ -51,15 +51,18 @@ def test_keep_top_is_a_stable_sort(case):
 
 
 def force(patch, path):
-    """Send every selection through one path: histograms, or a sample that often misses."""
+    """Send every selection through one path: partition, histograms, a sample that often misses."""
     patch.setattr(select, "_SORT_WIDTH", 0)
+    if path == "partition":
+        return
+    patch.setattr(select, "_keep_by_partition", lambda *args: False)
     if path == "digits":
         patch.setattr(select, "_by_sample", lambda *args: None)
     else:
         patch.setattr(select, "_SAMPLE", path)
 
 
-PATHS = st.sampled_from(["digits", 1 << 16, 8, 2])
+PATHS = st.sampled_from(["partition", "digits", 1 << 16, 8, 2])
 
 
 @settings(max_examples=300, deadline=None)
@@ -189,7 +192,7 @@ def test_ties_go_to_earlier_sites():
     assert select.global_counts(scores, dict.fromkeys(scores, 1), 7) == {"a": 4, "b": 1, "c": 2}
 
 
-@pytest.mark.parametrize("path", ["digits", 1 << 16, 1 << 8, 1 << 4])
+@pytest.mark.parametrize("path", ["partition", "digits", 1 << 16, 1 << 8, 1 << 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_large_sites_match_a_full_sort(dtype, path, monkeypatch):
     force(monkeypatch, path)

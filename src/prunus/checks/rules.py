@@ -41,6 +41,7 @@ RULES: dict[str, dict[str, str]] = {
         "inverse": "reduce and expand number rows and units in the same order",
         "local": "a unit's score rises with the scores of its own elements and no others",
         "pinned": "pinned is None, or a sparsity that whole units of a row can have",
+        "outputs": "so many outputs reduce and expand alone, units in the same order; 0: none do",
         "same": _SAME,
         "pure": _PURE,
     },

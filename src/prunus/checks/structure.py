@@ -41,6 +41,7 @@ def check_structure(
         _check_reduce(judge, structure, shape, layout, dtypes)
         _check_expand(judge, structure, shape, layout)
         _check_local(judge, structure, shape, layout)
+        _check_pieces(judge, structure, shape, layout)
     judge("refusal", accepted > 0, f"it refuses all of {list(shapes)}")
 
 
@@ -114,6 +115,26 @@ def _check_expand(
     if 0 < rows * units <= _EVERY_UNIT:
         once = bool((covered == 1).all())
         judge("partition", once, f"the units do not cover every element of {shape} exactly once")
+
+
+def _check_pieces(
+    judge: Judge, structure: Structure, shape: tuple[int, ...], layout: tuple[int, int, int]
+) -> None:
+    """Cut a weight between outputs: the pieces have the units of the whole, in order."""
+    height = structure.outputs
+    judge("outputs", isinstance(height, int) and height >= 0, f"outputs is {height!r}")
+    if not height or not math.prod(shape):
+        return
+    judge("outputs", shape[0] % height == 0, f"{shape} is accepted, {height} do not divide it")
+    axis, where = int(layout[0] == 1), f"pieces of {height} outputs of {shape}"
+    score, keep = weight(shape, torch.float64), weight(layout[:2], key="keep") > 0
+    apart = torch.cat([structure.reduce(part) for part in score.split(height)], axis)
+    judge("outputs", apart.shape == keep.shape, f"{where} have {tuple(apart.shape)} units")
+    near = torch.allclose(apart, structure.reduce(score))
+    judge("outputs", near, f"{where} score differently")
+    each = keep.split(keep.shape[axis] // (shape[0] // height), axis)
+    masks = [structure.expand(part, (height, *shape[1:])) for part in each]
+    judge("outputs", same(torch.cat(masks), structure.expand(keep, shape)), f"{where} differ")
 
 
 def _keeps(rows: int, units: int) -> list[Tensor]:

@@ -12,7 +12,7 @@ from prunus import select
 from prunus.compose.memory import adapted, at_site, reserved
 from prunus.compose.redistribute import redistributed
 from prunus.compose.slots import Slots
-from prunus.compose.within import exchange
+from prunus.compose.within import move, off_last, units_on
 from prunus.core import Context, Growth, Score, Signals, Site, State, Structure, Update, Weights
 from prunus.errors import CompositionError, ShapeError, TargetError
 from prunus.kinds import RESERVE, VALIDATION_LOSS
@@ -77,13 +77,6 @@ class UnitScores(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return the number of sites."""
         return len(self._names)
-
-
-def units_on(structure: Structure, mask: Tensor) -> Tensor:
-    """Return bool [rows, units]: which units have a weight that is kept."""
-    if structure.name == "element":
-        return structure.reduce(mask)
-    return structure.reduce(mask.bfloat16()) > 0
 
 
 def update(
@@ -180,14 +173,8 @@ def _unit_scores(score: Score, slots: Slots, w: Tensor, at: Context, moving: boo
     values = turned(at.site, select.check_scores(values, at.site.name))
     units = slots.structure.reduce(values)
     if moving and at.mask is not None:
-        units = _off_last(units, ~units_on(slots.structure, turned(at.site, at.mask)))
+        units = off_last(units, ~units_on(slots.structure, turned(at.site, at.mask)))
     return units
-
-
-def _off_last(scores: Tensor, off: Tensor) -> Tensor:
-    """Rank what is off below everything else, also below scores of -inf."""
-    lowest = torch.finfo(scores.dtype).min
-    return scores.clamp(min=lowest).masked_fill_(off, float("-inf"))
 
 
 def _grain(layout: tuple[int, int, int]) -> int:
@@ -257,17 +244,10 @@ def _move(
     shape = turned_shape(at.site)
     mask = torch.ones_like(w, dtype=torch.bool) if at.mask is None else at.mask
     on = units_on(structure, turned(at.site, mask))
-    kept, free = int(on.sum(1).min()), int((~on).sum(1).min())  # of each row
-    keep = min(k - min(int(grow.turnover(step) * k + 1e-6), free, k), kept)
-    keep = max(keep, k - free) if stay_count is None else stay_count
     values = select.check_scores(grow.value(w, at), at.site.name)
     ranking = structure.reduce(turned(at.site, values))
-    if structure.pinned is None:
-        stay = select.keep_top(_off_last(scores, ~on), keep)
-        added = select.keep_top(_off_last(ranking, on), k - keep)
-    else:
-        after = exchange(on, scores, ranking, grow.turnover(step))
-        stay, added = after & on, after & ~on
+    pinned = structure.pinned is not None
+    stay, added = move(on, scores, ranking, k, grow.turnover(step), pinned, stay_count)
     new = None
     if grow.fill is not None:
         new = torch.where(turned(at.site, structure.expand(added, shape)), grow.fill(w, at), w)

@@ -1,4 +1,4 @@
-"""Growth inside groups of a fixed count: what a group drops, it grows itself."""
+"""Which units go and which come; inside groups of a fixed count, what a group drops it grows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,45 @@ import torch
 from torch import Tensor
 
 from prunus import select
+from prunus.core import Structure
+
+
+def units_on(structure: Structure, mask: Tensor) -> Tensor:
+    """Return bool [rows, units]: which units have a weight that is kept."""
+    if structure.name == "element":
+        return structure.reduce(mask)
+    return structure.reduce(mask.bfloat16()) > 0
+
+
+def off_last(scores: Tensor, off: Tensor) -> Tensor:
+    """Rank what is off below everything else, also below scores of -inf."""
+    lowest = torch.finfo(scores.dtype).min
+    return scores.clamp(min=lowest).masked_fill_(off, float("-inf"))
+
+
+def move(
+    on: Tensor,
+    scores: Tensor,
+    ranking: Tensor,
+    k: int,
+    turnover: float,
+    pinned: bool = False,
+    stay_count: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (what stays, what is added), bool [rows, units]; k units of each row in all.
+
+    on: what is kept now; scores: of it; ranking: of the rest. Each row drops floor(turnover k) of
+    its lowest and grows the best; pinned: rows exchange as `exchange` says. stay_count: how many of
+    each row stay; None: all but the turnover.
+    """
+    if pinned:
+        after = exchange(on, scores, ranking, turnover)
+        return after & on, after & ~on
+    kept, free = int(on.sum(1).min()), int((~on).sum(1).min())  # of each row
+    keep = min(k - min(int(turnover * k + 1e-6), free, k), kept)
+    keep = max(keep, k - free) if stay_count is None else stay_count
+    stay = select.keep_top(off_last(scores, ~on), keep)
+    return stay, select.keep_top(off_last(ranking, on), k - keep)
 
 
 def exchange(on: Tensor, scores: Tensor, ranking: Tensor, turnover: float) -> Tensor:

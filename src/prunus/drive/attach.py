@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prunus import select
 from prunus import sites as sites_
 from prunus.core import Masks, Site, Sparsifier, State
 from prunus.drive.agree import check_agreement
@@ -188,7 +189,7 @@ class Attached:
             parameter = self.parameters[name]
             if off.device != parameter.device:
                 self._off[name] = off = off.to(parameter.device)
-            parameter.masked_fill_(off, 0)
+            select.clear(parameter, off)
 
     def detach(self) -> None:
         """Stop: hooks are removed, weights stay as they are (nothing keeps them zero any more)."""
@@ -295,7 +296,7 @@ class Attached:
                         f"the layer with sparse=False, or pass exclude= for it"
                     )
                 frozen = self._off[name] if trained is None else ~trained
-                grad.masked_fill_(frozen.to(grad.device), 0)
+                select.clear(grad, frozen.to(grad.device))
         if self.state.trained:
             recall(self.parameters, self.state)
             self._recalled = True
@@ -355,9 +356,9 @@ class Attached:
             was_trained = site.name in self.state.trained
             reset_moments(self.optimizer, parameter, stale(changed, new, trained, was_trained))
             if site.name not in rewritten:
-                parameter.masked_fill_(changed, 0)
+                select.clear(parameter, changed)
                 if parameter.grad is not None:
-                    parameter.grad.masked_fill_(changed, 0)
+                    select.clear(parameter.grad, changed)
         self.state = state
         self.enforce()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prunus import select
 from prunus.core import State
 from prunus.kinds import RESERVE
 
@@ -32,8 +33,9 @@ def hide(parameters: Mapping[str, nn.Parameter], state: State) -> State:
         off, trained = ~mask.to(parameter.device), trained.to(parameter.device)
         before = reserve.get(name)
         old = torch.zeros_like(parameter) if before is None else before.to(parameter)
-        reserve[name] = torch.where(trained, parameter.detach(), old) * off
-        parameter.masked_fill_(off, 0)
+        values = parameter.detach()
+        reserve[name] = select.only(select.either(trained, values, old), off)
+        select.clear(parameter, off)
     return replace(state, statistics={**state.statistics, RESERVE: reserve})
 
 
@@ -49,4 +51,4 @@ def reset_moments(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) 
     """Zero what an optimizer remembers of the elements of a parameter."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value.masked_fill_(where.to(value.device), 0)
+            select.clear(value, where.to(value.device))

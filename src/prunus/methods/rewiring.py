@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def deep_rewiring(
     """
     check_steps(steps=steps)
     heat = lr * l1**2 / 18 if temperature is None else temperature
+    positive = lru_cache(maxsize=None)(_positive)  # a byte per weight, drawn once, not every step
     walk = (lr * l1, math.sqrt(2 * lr * heat))
     first = compose(
         scores.random(),
@@ -53,23 +55,37 @@ def deep_rewiring(
         select.check_weights(sites, weights)
         if not state.masks:
             start = first.update(replace(state, step=0), sites, weights, signals).state
-            signed = {s.name: weights[s.name].abs() * _signs(state, s, weights) for s in sites}
+            signed = {
+                s.name: weights[s.name].abs() * _signs(state, s, weights, positive) for s in sites
+            }
             return Update(replace(start, step=state.step), signed)
-        return _step(state, sites, weights, *walk)
+        return _step(state, sites, weights, *walk, positive)
 
     name = f"deep_rewiring({sparsity:g}, steps={steps}, lr={lr:g}, l1={l1:g})"
     return Sparsifier(name, needs, first.init, update, target=sparsity, last=steps - 1)
 
 
-def _signs(state: State, site: Site, weights: Weights) -> Tensor:
-    """Return the sign of every weight, drawn once per seed: 1 or -1."""
+Positive = Callable[[int, str, tuple[int, ...]], Tensor]
+"""(seed, site, shape) -> bool, whether the sign of a weight is 1."""
+
+
+def _positive(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    return rng.uniform((seed, name, "sign"), shape) >= 0.5
+
+
+def _signs(state: State, site: Site, weights: Weights, positive: Positive) -> Tensor:
+    """Return the sign of every weight, the same at all steps: 1 or -1."""
     w = weights[site.name]
-    u = rng.uniform((state.seed, site.name, "sign"), site.shape)
-    return torch.where(u < 0.5, -1.0, 1.0).to(w)
+    return positive(state.seed, site.name, site.shape).to(w.device).to(w.dtype).mul_(2).sub_(1)
 
 
 def _step(
-    state: State, sites: Sequence[Site], weights: Weights, drift: float, noise: float
+    state: State,
+    sites: Sequence[Site],
+    weights: Weights,
+    drift: float,
+    noise: float,
+    positive: Positive,
 ) -> Update:
     awake: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
@@ -78,13 +94,14 @@ def _step(
     for site in sites:
         w, key = weights[site.name], (state.seed, state.step, site.name)
         mask = state.masks.get(site.name, torch.ones(site.shape, dtype=torch.bool)).to(w.device)
-        signs = _signs(state, site, weights)
+        signs = _signs(state, site, weights, positive)
         normal = torch.randn(site.shape, generator=rng.generator((*key, "noise"))).to(w)
         theta = signs * w - drift + noise * normal
         awake[site.name] = mask & (theta >= 0)
-        values[site.name] = torch.where(awake[site.name], signs * theta, 0.0)
+        values[site.name] = select.only(signs * theta, awake[site.name])
         draw = rng.uniform((*key, "wake"), site.shape).to(w.device)
-        ranks[site.name] = draw.masked_fill(awake[site.name], -1.0).reshape(1, -1)
+        last = torch.full((), -1.0, device=w.device).expand(site.shape)
+        ranks[site.name] = select.either(awake[site.name], last, draw).reshape(1, -1)
         kept += int(mask.count_nonzero())
     missing = kept - sum(int(mask.count_nonzero()) for mask in awake.values())
     counts = select.global_counts(ranks, dict.fromkeys(ranks, 1), missing)

@@ -99,17 +99,17 @@ def _operated(
         mask = torch.ones_like(kept) if old is None else old
         u = rng.uniform((state.seed, state.step, state.round, site.name, "splice"), (1,))
         if float(u) < chance:
-            q = w[kept].min() if bool(kept.any()) else torch.tensor(float("inf"))
+            q = select.either(kept, w, torch.full_like(w, float("inf"))).amin()
             mask = (mask | (w >= (1 + margin) * q)) & ~(w < (1 - margin) * q)
         masks[site.name] = mask
-    reserve = {n: theta[n] * ~mask for n, mask in masks.items()}
+    reserve = {n: select.only(theta[n], ~mask) for n, mask in masks.items()}
     new = _state(state, sites, masks)
     new = replace(
         new,
         trained={n: torch.ones_like(mask) for n, mask in masks.items()},
         statistics={**state.statistics, RESERVE: reserve},
     )
-    return Update(new, {n: theta[n] * mask for n, mask in masks.items()})
+    return Update(new, {n: select.only(theta[n], mask) for n, mask in masks.items()})
 
 
 def _closed(

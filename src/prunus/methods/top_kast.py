@@ -80,10 +80,12 @@ def _choose(
     for site in sites:
         name = site.name
         theta = _values(state, site, weights[name])
-        a = _top(theta, inner[name])
-        b = _top(theta, max(inner[name], outer[name]))
-        theta = theta * (1.0 - a.to(theta) * decay[0] - (b & ~a).to(theta) * decay[1])
-        values[name], reserve[name] = theta * a, theta * ~a
+        size = theta.abs()
+        a = _top(size, inner[name])
+        b = _top(size, max(inner[name], outer[name]))
+        shrink = 1.0 - a.to(theta) * decay[0]
+        theta = theta * shrink.sub_((b & ~a).to(theta).mul_(decay[1]))
+        values[name], reserve[name] = select.only(theta, a), select.only(theta, ~a)
         masks[name], trained[name] = a, b
     new = replace(
         state,
@@ -101,5 +103,5 @@ def _values(state: State, site: Site, w: Tensor) -> Tensor:
     return w if reserve is None else w + reserve.to(w)
 
 
-def _top(theta: Tensor, count: int) -> Tensor:
-    return select.keep_top(theta.abs().reshape(1, -1), count).reshape(theta.shape)
+def _top(size: Tensor, count: int) -> Tensor:
+    return select.keep_top(size.reshape(1, -1), count).reshape(size.shape)

@@ -104,6 +104,7 @@ def stripe() -> Structure:
         layout,
         reduce=lambda score: score.contiguous().flatten(2).sum(1).reshape(1, -1),
         expand=expand,
+        outputs=1,
     )
 
 

@@ -32,6 +32,7 @@ def fan_in() -> Structure:
         layout,
         reduce=lambda score: score.reshape(score.shape[0], math.prod(score.shape[1:])),
         expand=lambda keep, shape: keep.reshape(shape),
+        outputs=1,
     )
 
 
@@ -81,6 +82,7 @@ def vector(height: int, width: int = 1, order: Sequence[int] | None = None) -> S
         layout=lambda shape: (*tiles(shape), height * width),
         reduce=reduce,
         expand=expand,
+        outputs=height if places is None else 0,
     )
 
 
@@ -109,4 +111,5 @@ def kernel_pattern(keep: int = 4, size: tuple[int, int] = (3, 3)) -> Structure:
         reduce=lambda score: score.reshape(layout(tuple(score.shape))[0], positions),
         expand=lambda keep, shape: keep.reshape(shape),
         pinned=1.0 - keep / positions,
+        outputs=1,
     )

@@ -17,6 +17,7 @@ def element() -> Structure:
         layout=lambda shape: (1, math.prod(shape), 1),
         reduce=lambda score: score.reshape(1, -1),
         expand=lambda keep, shape: keep.reshape(shape),
+        outputs=1,
     )
 
 
@@ -52,6 +53,7 @@ def block(height: int, width: int) -> Structure:
         layout=lambda shape: (1, math.prod(tiles(shape)), height * width),
         reduce=reduce,
         expand=expand,
+        outputs=height,
     )
 
 
@@ -82,7 +84,7 @@ def n_of_m(n: int, m: int) -> Structure:
         inputs_last = (shape[0], *shape[2:], shape[1])
         return keep.reshape(inputs_last).movedim(-1, 1).contiguous()
 
-    return Structure(f"n_of_m({n}, {m})", layout, reduce, expand, pinned=1.0 - n / m)
+    return Structure(f"n_of_m({n}, {m})", layout, reduce, expand, pinned=1.0 - n / m, outputs=1)
 
 
 def channel(axis: int = 0, reduction: str = "sum") -> Structure:
@@ -121,4 +123,5 @@ def channel(axis: int = 0, reduction: str = "sum") -> Structure:
         layout=layout,
         reduce=reduce,
         expand=expand,
+        outputs=1 - axis,
     )

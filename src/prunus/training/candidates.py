@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -129,6 +130,16 @@ class LargestGradients:
         """Whether all passes count; not if one was reduced before another came."""
         return self.passes != 1 or self.seen <= 1
 
+    @property
+    def holds(self) -> bool:
+        """Whether passes are held for `rows`."""
+        return bool(self._held)
+
+    @torch.no_grad()
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows [begin, end) of the dense gradient of the passes that are held, as a matrix."""
+        return self._sum(self._held, begin, end, 1)
+
     def find(self) -> Best:
         """Reduce what is held, if anything is."""
         if self._held:
@@ -198,19 +209,31 @@ def free_places(pattern: Pattern, count: int, key: rng.Key) -> Tensor:
     return rank + torch.searchsorted(taken - torch.arange(len(taken)), rank, right=True)
 
 
+def attachment(pattern: Pattern, key: rng.Key, area: int = 1) -> Callable[[int, int], Tensor]:
+    """Return (begin, end) -> ranking of rows [begin, end) for preferential growth, float64.
+
+    Draws once: ask for the rows in order.
+    """
+    inputs = pattern.wide_columns().div(area, rounding_mode="floor").long()
+    there = torch.bincount(inputs, minlength=pattern.shape[1] // area).double() + 1
+    here = pattern.offsets.long().diff().double() + 1
+    columns, generator = there.repeat_interleave(area), rng.generator(key)
+
+    def rows(begin: int, end: int) -> Tensor:
+        u = torch.rand(end - begin, pattern.shape[1], generator=generator).double()
+        return u.clamp(min=2.0**-30).log() / (here[begin:end, None] * columns)
+
+    return rows
+
+
 def attached_places(pattern: Pattern, count: int, key: rng.Key, area: int = 1) -> Tensor:
     """Draw `count` free places in proportion to (d_i + 1) (d_j + 1), as growth.preferential does.
 
     d: stored weights of the output i and of the input j; area: columns of one input (kh kw).
     """
-    inputs = pattern.wide_columns().div(area, rounding_mode="floor").long()
-    there = torch.bincount(inputs, minlength=pattern.shape[1] // area).double() + 1
-    here = pattern.offsets.long().diff().double() + 1
-    columns, best, generator = there.repeat_interleave(area), Best(count), rng.generator(key)
+    best, draw = Best(count), attachment(pattern, key, area)
     for begin, end in blocks(pattern) if count else ():
-        u = torch.rand(end - begin, pattern.shape[1], generator=generator).double()
-        weight = here[begin:end, None] * columns
-        score = (u.clamp(min=2.0**-30).log() / weight).reshape(-1)
+        score = draw(begin, end).reshape(-1)
         score[pattern.row_places(begin, end)] = -math.inf
         best.add(score, begin * pattern.shape[1])
     return best.take(count)

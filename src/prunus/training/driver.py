@@ -12,22 +12,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus import growth
-from prunus.core import Sparsifier
+from prunus.core import Sparsifier, Structure
 from prunus.errors import AttachError, CompositionError, ValueRangeError
 from prunus.training.candidates import LargestGradients, attached_places, free_places, top
 from prunus.training.functions import Outer
 from prunus.training.layers import SparseWeight, TrainableConv2d
 from prunus.training.recipes import At, Move, Recipe, Stored, exchange
+from prunus.training.structured import moved, ranking_of, structures_of
 from prunus.training.topology import check_topology, layers_of, rewire
 
 
 class Dynamic:
     """Dynamic sparse training of packed layers, driven by the optimizer's own steps.
 
-    step: optimizer steps done; memory: what the recipe remembers.
+    step: optimizer steps done; memory: what the recipe remembers; structures: layer -> what moves
+    as one, single weights where absent.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        recipe: Recipe,
+        seed: int,
+        structure: Structure | Mapping[str, Structure] | None = None,
+    ) -> None:
         """Use `dynamic`."""
         self.layers = layers_of(model)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -43,6 +52,7 @@ class Dynamic:
                 f"fixed sizes: take a recipe that keeps counts (rigl, set_, mest, itop, top_kast)"
             )
         self.recipe, self.seed, self.step = recipe, seed, 0
+        self.structures = structures_of(self.layers, structure, recipe)
         self.memory: dict[str, float] = dict(recipe.memory)
         self._watches: dict[str, LargestGradients] = {}
         self._passes: dict[str, int] = {}  # most backward passes between two steps
@@ -93,6 +103,8 @@ class Dynamic:
         for name, layer in self.layers.items():
             count = self._most(layer) if due else 0
             passes = self._passes.get(name, 0) if count else 1
+            if name in self.structures:  # held, and looked at when it is known what is dropped
+                count, passes = 0, 0 if due else 1
             self._watches[name] = watch = LargestGradients(layer.pattern, count, passes)
             if grow == "gradient":
                 layer.watch = watch
@@ -122,15 +134,32 @@ class Dynamic:
     def _before_step(self, optimizer: Optimizer, *rest: Any) -> None:
         if not self.recipe.due(self.step) or not self._complete():
             return
-        stored = {name: _stored(layer) for name, layer in self.layers.items()}
+        single = {n: layer for n, layer in self.layers.items() if n not in self.structures}
+        stored = {name: _stored(layer) for name, layer in single.items()}
         moves, memory = self.recipe.plan(stored, At(self.step, self.seed, self.memory))
         self.memory = {**self.memory, **memory}
-        moved = False
+        any_moved = False
         for name, move in moves.items():
             layer = self.layers[name]
-            moved = self._apply(name, layer, optimizer, move) or moved
-        if moved:
+            any_moved = self._apply(name, layer, optimizer, move) or any_moved
+        for name in self.structures:
+            any_moved = self._apply_units(name, optimizer) or any_moved
+        if any_moved:
             check_topology(self.layers)
+
+    def _apply_units(self, name: str, optimizer: Optimizer) -> bool:
+        """Exchange units of a layer, with the draws and scores of the masked method."""
+        layer, recipe = self.layers[name], self.recipe
+        key = (self.seed, self.step, 0, f"{name}.weight" if name else "weight")
+        ranking = ranking_of(recipe.grow, layer, key, self._watches.get(name))
+        if ranking is None or recipe.score is None or recipe.turnover is None:
+            return False
+        score, turnover = recipe.score(_stored(layer)), recipe.turnover(self.step)
+        drop, grown = moved(layer, self.structures[name], score, ranking, turnover)
+        if not len(grown):
+            return False
+        rewire(layer, optimizer, drop, grown)
+        return True
 
     def _apply(self, name: str, layer: SparseWeight, optimizer: Optimizer, move: Move) -> bool:
         if move.values is not None:
@@ -178,19 +207,24 @@ def dynamic(
     every: int = 100,
     fraction: float = 0.3,
     stop: float = 0.75,
+    structure: Structure | Mapping[str, Structure] | None = None,
     seed: int = 0,
 ) -> Dynamic:
     """Move connections of all packed layers while `optimizer` trains them; the loop stays as it is.
 
     steps: of the training, or a recipe of `training.recipes` (then grow to stop are the recipe's).
     grow: "gradient" (RigL), "random" (SET), "hebbian" or "preferential"; fraction: of each layer's
-    weights, decayed by a cosine to 0 at `stop` of the steps. No dense weight or gradient exists.
+    weights, decayed by a cosine to 0 at `stop` of the steps. structure: what is dropped and grown
+    as one, of all packed layers or {layer: structure}; units rank by their summed scores and draw
+    as `pr.attach` lets them. No dense weight or gradient exists; of a structure whose units span
+    all outputs, one layer's does during a move.
     Source: Evci et al. 2020, arXiv 1911.11134; Mocanu et al. 2018, arXiv 1707.04780.
     Raises AttachError if the optimizer does not hold the packed values, CompositionError for a
-    method of `prunus.methods`.
+    method of `prunus.methods`, for a recipe that would break the structure, for places that are
+    not whole units, or that show a structure while none is given (`structures.element()` drops it).
     """
     if isinstance(steps, Recipe):
-        return Dynamic(model, optimizer, steps, seed)
+        return Dynamic(model, optimizer, steps, seed, structure)
     if isinstance(steps, Sparsifier):
         raise CompositionError(
             f"{steps} works on dense tensors: use a recipe of pr.training.recipes, or pr.attach. "
@@ -200,4 +234,5 @@ def dynamic(
         raise ValueRangeError(f"steps is the length of the training, at least 1, got {steps}")
     end = max(1, int(steps * stop))
     turnover = growth.cosine(fraction, end)
-    return Dynamic(model, optimizer, exchange(f"dynamic, {grow}", grow, every, end, turnover), seed)
+    recipe = exchange(f"dynamic, {grow}", grow, every, end, turnover)
+    return Dynamic(model, optimizer, recipe, seed, structure)

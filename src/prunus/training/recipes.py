@@ -68,7 +68,8 @@ class Recipe:
 
     due(step): whether connections move before that optimizer step; plan: what moves; grow: where
     connections are added; most(step, nnz, size): an upper bound of what a layer grows then;
-    resizes: whether layers may end up with another number of weights.
+    resizes: whether layers may end up with another number of weights. turnover, score: of recipes
+    that exchange turnover(step) of each layer's lowest score, and so can move whole units.
     """
 
     name: str
@@ -78,6 +79,8 @@ class Recipe:
     most: Callable[[int, int, int], int] = lambda step, nnz, size: size - nnz
     memory: Mapping[str, float] = field(default_factory=dict)
     resizes: bool = False
+    turnover: Callable[[int], float] | None = None
+    score: Callable[[Stored], Tensor] | None = None
 
 
 def _every(every: int, stop: int) -> Callable[[int], bool]:
@@ -110,7 +113,8 @@ def exchange(
         counts = {n: most(at.step, len(s.values), s.size) for n, s in layers.items()}
         return {n: Move(lowest(score(s), counts[n]), counts[n]) for n, s in layers.items()}, {}
 
-    return Recipe(name, _every(every, stop), plan, grow, most)
+    due = _every(every, stop)
+    return Recipe(name, due, plan, grow, most, turnover=turnover, score=score)
 
 
 def set_(steps: int, *, every: int = 100, fraction: float = 0.3) -> Recipe:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prunus import allocations, schedules, scores
 from prunus import sites as sites_
 from prunus.compose import compose
-from prunus.core import Allocation, Masks, Signals, Site
+from prunus.core import Allocation, Masks, Signals, Site, Structure
 from prunus.drive import attached
 from prunus.errors import AttachError, SiteError, TargetError
 from prunus.training.layers import SparseWeight, TrainableConv2d, TrainableLinear, unsupported
@@ -22,6 +22,7 @@ def sparse_training(
     *,
     masks: Masks | None = None,
     allocation: Allocation | None = None,
+    structure: Structure | None = None,
     include: sites_.Patterns = None,
     exclude: sites_.Patterns = None,
     seed: int = 0,
@@ -30,8 +31,9 @@ def sparse_training(
 
     Which weights stay: `masks` (site name -> bool, True = kept); or random ones at `sparsity`,
     shared out by `allocation` (default erk), with the draw that rigl and set_ start from; or, with
-    neither, the non-zeros of the weights. Kept weights keep their values. Make the optimizer from
-    `model.parameters()` afterwards; `pr.training.dynamic` moves connections.
+    neither, the non-zeros of the weights. Kept weights keep their values. structure: the units that
+    are drawn (default element; n:m shares uniformly), to be passed to `pr.training.dynamic` too,
+    which moves connections. Make the optimizer from `model.parameters()` afterwards.
     Depthwise convolutions and other kinds of layers stay dense. Raises SiteError if no layer can be
     swapped or a weight is tied, TargetError if there is nothing to leave out, AttachError if a
     sparsifier is attached.
@@ -47,7 +49,8 @@ def sparse_training(
     for site in found:
         if site.aliases:
             raise SiteError(f"{site.name!r} is tied to {', '.join(site.aliases)}; exclude it")
-    kept = masks if masks is not None else _kept(inner, found, sparsity, allocation, seed)
+    drawn = (sparsity, allocation, structure, seed)
+    kept = masks if masks is not None else _kept(inner, found, *drawn)
     if not kept:
         raise TargetError("nothing is off: pass sparsity= or masks=, or zero some weights")
     for site in found:
@@ -80,15 +83,18 @@ def _kept(
     found: list[Site],
     sparsity: float | None,
     allocation: Allocation | None,
+    structure: Structure | None,
     seed: int,
 ) -> Mapping[str, Tensor]:
     weights = sites_.weights(sites_.parameters(model, found))
     if sparsity is None:
         kept = {site.name: weights[site.name] != 0 for site in found}
         return {name: mask for name, mask in kept.items() if not bool(mask.all())}
+    pinned = structure is not None and structure.pinned is not None
     method = compose(
         scores.random(),
-        allocation=allocation or allocations.erk(),
+        structure=structure,
+        allocation=allocation or (allocations.uniform() if pinned else allocations.erk()),
         schedule=schedules.one_shot(sparsity),
     )
     return method.update(method.init(found, weights, seed), found, weights, Signals()).state.masks
