@@ -162,7 +162,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, shared
 
 def _direct(given: tuple[Tensor, ...], query: Tensor) -> bool:
     """Whether the kernel may be called on the addresses, and pays."""
-    plain = all(type(tensor) is Tensor for tensor in given)
+    plain = all(type(tensor) is Tensor and not tensor.is_neg() for tensor in given)
     if not plain or query.shape[2] < FEWEST or not all(tensor.numel() for tensor in given):
         return False
     return all(tensor.stride(3) == 1 for tensor in given[:3])
@@ -217,7 +217,10 @@ class LayerNorm(nn.LayerNorm):
             return False
         held = [x, *(value for value in parameters if value is not None)]
         if any(
-            tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous()
+            tensor.dtype != torch.float32
+            or not tensor.is_cpu
+            or not tensor.is_contiguous()
+            or tensor.is_neg()
             for tensor in held
         ):
             return False

@@ -15,6 +15,7 @@ from prunus.runtime import (
     candidates,
     chain,
     decoder,
+    fastpath,
     fuse,
     networks,
     reach,
@@ -82,6 +83,7 @@ def compile(
         with same_randomness(), taking_examples():
             calls = candidates.record(assemble(model, {}, share=True), example)
         base, chains = _folded(model, example, calls)
+        base = fastpath.left(base, example)
         plan, twins = decide(base, calls, options)
         swaps = _fused(base, example, twins, chains)
         swaps, fused = _rewritten(base, example, swaps)
@@ -151,11 +153,11 @@ def _made(
 ) -> nn.Module:
     """The model with what was decided, or dense; not yet in the form's dtype and layout."""
     if not form.swapped:
-        return assemble(base, {}, share=share)
+        return fastpath.taken(assemble(base, {}, share=share))
     taken = merged if form.merged else apart
     model = assemble(base, taken.swaps, taken.forwards, share=share)
     taken.install(model)
-    return model
+    return fastpath.taken(model)
 
 
 def _form(

@@ -127,7 +127,7 @@ class _Held:
 
     def place(self, x: Tensor) -> int | None:
         """The address of the table; None unless all is as the kernels want it."""
-        if not self.sound or any(self.hooks) or x.shape != (1, 1, self.hidden):
+        if not self.sound or any(self.hooks) or x.shape != (1, 1, self.hidden) or x.is_neg():
             return None
         # Compares by identity first, and modules do not define equality.
         if list(map(dict.get, self.parents, self.names)) != self.children:

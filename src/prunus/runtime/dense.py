@@ -72,9 +72,16 @@ _OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
 def in_bfloat16(model: M) -> M:
     """A copy with floating-point weights in bfloat16 that takes and gives what the original does.
 
-    Inputs in fp32 become bfloat16 and outputs in bfloat16 become fp32.
+    Inputs in fp32 become bfloat16 and outputs in bfloat16 become fp32. Vectors that are no part of
+    the state dict stay as they are: constants such as rotary frequencies, which a product with a
+    position of some thousands would put far off.
     """
     made = copy.deepcopy(model).bfloat16()
+    for one, other in zip(model.modules(), made.modules(), strict=True):
+        for name in one._non_persistent_buffers_set:
+            held = one._buffers.get(name)
+            if held is not None and held.dim() == 1:
+                other._buffers[name] = held.clone()
     made.register_forward_pre_hook(_narrow, with_kwargs=True)
     made.register_forward_hook(_widen)
     return made

@@ -78,7 +78,9 @@ class Network(Forward):
 
     def run(self, module: nn.Module, x: Any) -> Tensor | None:
         """The output for fp32 images on the CPU; None for what the layers have to judge."""
-        if type(x) is not Tensor or x.dtype != torch.float32 or x.dim() != 4 or not x.is_cpu:
+        if type(x) is not Tensor or x.dtype != torch.float32 or x.dim() != 4:
+            return None
+        if not x.is_cpu or x.is_neg():
             return None
         held = _HELD.get(module)
         if held is None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from prunus.errors import PrunusError
 from prunus.runtime.candidates import run
@@ -74,10 +75,15 @@ def difference(
 ) -> str | None:
     """Where the outputs on the example differ by more than rounding; None if they agree."""
     with same_randomness():
-        wanted = list(tensors(run(dense, example)))
+        wanted = list(tensors(run(dense, fresh(example))))
     with same_randomness():
-        found = list(tensors(run(sparse, example)))
+        found = list(tensors(run(sparse, fresh(example))))
     return _first_difference(wanted, found, tolerance)
+
+
+def fresh(example: Any) -> Any:
+    """The example with copies of its tensors: a forward pass may write to them."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
 
 
 def _first_difference(

@@ -146,9 +146,10 @@ class PackedWeight(Fusing, abc.ABC):
 
     def _direct(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
         """Whether the kernel may be called on the addresses, past torch's dispatcher."""
-        if type(x) is not Tensor or observed():
+        # Of a tensor with the negative bit, memory holds something else than its values.
+        if type(x) is not Tensor or x.is_neg() or observed():
             return False
-        if residual is not None and type(residual) is not Tensor:
+        if residual is not None and (type(residual) is not Tensor or residual.is_neg()):
             return False
         wanted = x.requires_grad or (bias is not None and bias.requires_grad)
         wanted = wanted or (residual is not None and residual.requires_grad)

@@ -13,6 +13,7 @@ from prunus.runtime.decide import LAST, bound, channels_last
 from prunus.runtime.dense import in_bfloat16
 from prunus.runtime.measure import interleaved
 from prunus.runtime.plan import DENSE, Plan
+from prunus.runtime.tracing import UNTRACEABLE
 from prunus.runtime.verify import BF16, difference, same_randomness
 
 MODEL_BUDGET = 1.0
@@ -67,9 +68,17 @@ def whole(
     if half:
         exact = build(Form(False))
         for form in [form for form in forms if form.half]:
-            if difference(exact, models[form], example, BF16) is not None:
-                del models[form]  # bfloat16 is too coarse for this model
+            if not _close(exact, models[form], example):
+                del models[form]  # bfloat16 is too coarse for this model, or mixes badly with fp32
     return judged(plan, _seconds(models, example))
+
+
+def _close(exact: nn.Module, narrow: nn.Module, example: Any) -> bool:
+    """Whether a model in bfloat16 runs, and gives about the same."""
+    try:
+        return difference(exact, narrow, example, BF16) is None
+    except UNTRACEABLE:
+        return False
 
 
 def _seconds(models: Mapping[Form, nn.Module], example: Any) -> dict[Form, list[float]]:

@@ -14,6 +14,7 @@ from torch.distributions import Normal
 import prunus as pr
 from prunus.errors import ValueRangeError
 from prunus.runtime import SparseConv2d, SparseLinear
+from prunus.runtime.dense import in_bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -256,3 +257,64 @@ def test_a_view_that_only_contiguous_tensors_have():
 
     model, x = pruned(Views()), torch.randn(64, 64)
     torch.testing.assert_close(fast(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Writing(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_a_forward_pass_that_writes_to_its_input():
+    model, x = pruned(Writing()), torch.randn(64, 64)
+    compiled, wanted = fast(model, x.clone()), model(x.clone())
+    torch.testing.assert_close(compiled(x.clone()), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [Two, Folded])
+def test_tensors_whose_memory_holds_the_negative(build):
+    class Plain(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.act(self.a(x)))
+
+    model = pruned(Plain() if build is Two else Folded())
+    x = torch.randn(64, 64) if build is Two else torch.randn(2, 16, 12, 12)
+    compiled = fast(model, x)
+    negative = torch._neg_view(x)  # pyright: ignore[reportPrivateImportUsage]
+    torch.testing.assert_close(compiled(negative), model(-x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_encoder_layers_run_their_packed_layers(masked, monkeypatch):
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = pruned(nn.TransformerEncoder(layer, 2, enable_nested_tensor=not masked))
+    x = torch.randn(2, 9, 64)
+    example = {"src": x}
+    if masked:
+        example["src_key_padding_mask"] = torch.arange(9).expand(2, 9) > torch.tensor([[8], [5]])
+    compiled = pr.compile(model, example)
+    calls = []
+    plain = SparseLinear.forward
+    monkeypatch.setattr(
+        SparseLinear, "forward", lambda *args, **named: calls.append(1) or plain(*args, **named)
+    )
+    wanted = model(**example)
+    torch.testing.assert_close(compiled(**example), wanted, rtol=1e-4, atol=1e-4)
+    assert calls
+
+
+def test_rotary_frequencies_keep_their_precision_in_bfloat16():
+    class Rotary(nn.Module):
+        frequencies: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+            self.register_buffer("frequencies", 1.1 ** -torch.arange(64.0), persistent=False)
+
+        def forward(self, x: Tensor, position: int = 2001) -> Tensor:
+            return self.layer(x) * torch.cos(position * self.frequencies).to(x.dtype)
+
+    model = Rotary().eval()
+    assert torch.equal(in_bfloat16(model).frequencies, model.frequencies)
+    assert in_bfloat16(model).layer.weight.dtype == torch.bfloat16
