@@ -320,14 +320,14 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def results(*words: str) -> str:
-    """Only the columns in which one of the methods was measured."""
+    """Only the columns in which one of the methods was measured; FILE:WORD,... with these words."""
     files, names = words[: words.index("of")], words[words.index("of") + 1 :]
     columns = {
         title: column
-        for file in files
+        for file, _, chosen in (word.partition(":") for word in files)
         if (HERE / f"quality/results/{file}.jsonl").exists()
         for title, column in measured(file).items()
-        if set(names) & set(column)
+        if set(names) & set(column) and any(word in title for word in chosen.split(","))
     }
     lines = []
     for name in ["dense", *names] if columns else names:
