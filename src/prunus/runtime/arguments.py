@@ -77,11 +77,24 @@ def taking_examples() -> Iterator[None]:
         yield
     except PrunusError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except RuntimeError as e:
+        if "deepcopy" not in str(e):
+            raise _refused(e) from e
         raise ValueRangeError(
-            f"the model does not take example_inputs: {type(e).__name__}: {e}. Give a tensor, a "
-            f"tuple of positional or a mapping of named inputs, or a list of several examples"
+            "the model cannot be copied: it holds a tensor that was computed from parameters, as "
+            "torch.nn.utils.prune and the old weight_norm make them; call "
+            "torch.nn.utils.prune.remove or remove_weight_norm first"
         ) from e
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise _refused(e) from e
+
+
+def _refused(error: Exception) -> ValueRangeError:
+    """What to say of a model that fails on its example."""
+    return ValueRangeError(
+        f"the model does not take example_inputs: {type(error).__name__}: {error}. Give a tensor, "
+        f"a tuple of positional or a mapping of named inputs, or a list of several examples"
+    )
 
 
 def expect_path(path: Any) -> None:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from prunus import kernels
 from prunus.errors import ShapeError, ValueRangeError
-from prunus.runtime.weight import observed
+from prunus.runtime.weight import observed, transformed
 
 FEWEST = 8
 """Queries below which torch's operator is faster: the kernel's lanes are queries."""
@@ -119,7 +119,8 @@ def attend(
             attend, given, query, key, value, attn_mask=attn_mask, dropout_p=dropout_p,
             is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
-    if not dropout_p and _takes(given, attn_mask, is_causal, enable_gqa):
+    plain = not dropout_p and not transformed()
+    if plain and _takes(given, attn_mask, is_causal, enable_gqa):
         factor = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
         if observed():
             out = torch.ops.prunus.attention(query, key, value, attn_mask, is_causal, factor)

@@ -27,6 +27,7 @@ from prunus.runtime.modules import SparseLinear
 from prunus.runtime.ops import blob_array
 from prunus.runtime.tracing import UNTRACEABLE
 from prunus.runtime.verify import difference
+from prunus.runtime.weight import transformed
 
 MARGIN, REPACKED = 1.05, 1.1
 """Chained layers must be this many times faster than apart, and where some of them leave csr."""
@@ -126,7 +127,7 @@ class SparseChain(nn.Module):
         layers = [cast(SparseLinear, layer) for layer in held.values()]
         biases = [layer._buffers["bias"] for layer in layers]
         watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        if watched or not self._chainable(x, biases, residual):
+        if watched or transformed() or not self._chainable(x, biases, residual):
             for layer in layers[:-1]:
                 x = layer(x)
             return layers[-1](x, residual)

@@ -113,8 +113,9 @@ def _built(row: Row, module: nn.Module, ways: Mapping[str, Candidate]) -> Fusing
     """The module that a row asks for."""
     if not row.switch:
         return ways[row.choice].build(module)
-    # The way of most calls comes first.
-    names = dict.fromkeys((row.choice, *(way for _, way in row.switch)))
+    names = dict.fromkeys(way for _, way in row.switch)
+    if row.choice in names:  # the way of most calls comes first
+        names = {row.choice: None} | names
     built = {
         name: ways[name].build(module) if name in ways else candidates.dense_layer(module)
         for name in names

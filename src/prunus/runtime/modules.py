@@ -12,7 +12,14 @@ from prunus import kernels
 from prunus.errors import FormatError, ShapeError
 from prunus.runtime.epilogue import addable
 from prunus.runtime.ops import blob_array, convolved, geometry_of, kept_geometry, linear_rows
-from prunus.runtime.weight import PackedWeight, aligned, check_blob, observed, pack_weight
+from prunus.runtime.weight import (
+    PackedWeight,
+    aligned,
+    check_blob,
+    observed,
+    pack_weight,
+    transformed,
+)
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -47,6 +54,9 @@ class SparseLinear(PackedWeight):
             raise ShapeError(
                 f"input has shape {list(x.shape)}, the layer takes [..., {self.in_features}]"
             )
+        if transformed():
+            y = F.linear(x, self.weight.to(x.dtype), as_dtype(self.bias, x.dtype))
+            return self.finished(y, residual)
         if residual is not None and not addable(x, residual, (*x.shape[:-1], self.out_features)):
             return self._apart(x, residual)
         source, packed, bias = self._operands(x)
@@ -64,6 +74,11 @@ class SparseLinear(PackedWeight):
         """Sizes and sparsity."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, {self._shape_repr()}"
+
+
+def as_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in a dtype, if there is one."""
+    return None if tensor is None else tensor.to(dtype)
 
 
 class SparseConv(PackedWeight):
@@ -107,6 +122,8 @@ class SparseConv(PackedWeight):
                 f"input has shape {list(x.shape)}, "
                 f"the layer takes [batch, {self.in_channels}, height, width] or one image"
             )
+        if transformed():
+            return self.finished(self._densely(x), residual)
         source, packed, bias = self._operands(x)
         source, padding = self._padded(source if x.dim() == 4 else source.unsqueeze(0))
         moves = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
@@ -128,6 +145,13 @@ class SparseConv(PackedWeight):
             )
         y = y if x.dim() == 4 else y.squeeze(0)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def _densely(self, x: Tensor) -> Tensor:
+        """The convolution by torch, with the weight unpacked."""
+        x, (top, bottom, left, right) = self._padded(x)
+        weight, bias = self.weight.to(x.dtype), as_dtype(self.bias, x.dtype)
+        x = F.pad(x, (left, right, top, bottom))
+        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """(x, zero padding still to add): F.pad does what is not zeros."""

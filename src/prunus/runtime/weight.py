@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from prunus import kernels
 from prunus.errors import FormatError, ShapeError, ValueRangeError
@@ -79,7 +80,8 @@ class PackedWeight(Fusing, abc.ABC):
     @property
     def weight(self) -> Tensor:
         """The dense weight, fp32, unpacked anew at every access; writing to it changes nothing."""
-        dense = kernels.unpack(blob_array(self.packed))
+        with torch._C._DisableFuncTorch():  # pyright: ignore[reportAttributeAccessIssue]
+            dense = kernels.unpack(blob_array(self.packed))
         return torch.from_numpy(dense).reshape(self.weight_shape)
 
     @property
@@ -194,4 +196,16 @@ def observed() -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or transformed()
     )
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work: operators would drop those.
+
+    Layers then compute densely, which knows all of them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    functions = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return forward_ad._current_level >= 0 or functions.peek_interpreter_stack() is not None
