@@ -41,7 +41,9 @@ def fits(structure, shape):
 
 @pytest.mark.parametrize(("score", "structure", "allocation"), PRODUCTS)
 def test_every_score_shape_and_budget_go_together(score, structure, allocation):
-    schedule = None if structure.pinned is not None else schedules.one_shot(0.6)
+    # a threshold says by itself how much goes
+    amount = 1.0 if allocation.measure == "threshold" else 0.6
+    schedule = None if structure.pinned is not None else schedules.one_shot(amount)
     method = compose(score, structure=structure, allocation=allocation, schedule=schedule)
     sites = [site for site in SITES if fits(structure, site.shape)]
     grain = max(rows * unit for rows, _, unit in (structure.layout(s.shape) for s in sites))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from prunus.runtime import compile, decide, whole
 from prunus.runtime.candidates import ALL, TABLE
-from prunus.runtime.plan import DIRECT, GROUPS
+from prunus.runtime.plan import DIRECT, GROUPS, NM
 
-PARTIAL = (GROUPS, DIRECT)  # not every layer can run these
+PARTIAL = (GROUPS, NM, DIRECT)  # not every layer can run these
 SPARSITIES = (0.0, 0.3, 0.7, 0.95, 1.0)
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Tanh, lambda: nn.GELU("tanh"), nn.Identity)
 

@@ -12,7 +12,7 @@ from prunus.core import Context, Signals, Site, State
 from prunus.errors import SignalError, ValueRangeError
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 0.5, 1, 1.0, True])
+@pytest.mark.parametrize("value", [0, 0.0, 0.5, 1, 1.0])
 def test_sparsities_in_range_come_back_as_floats(value):
     assert check_sparsity(value) == value
     assert type(check_sparsity(value)) is float

@@ -149,7 +149,7 @@ class PackedWeight(Fusing, abc.ABC):
     def _direct(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
         """Whether the kernel may be called on the addresses, past torch's dispatcher."""
         # Of a tensor with the negative bit, memory holds something else than its values.
-        if type(x) is not Tensor or x.is_neg() or observed():
+        if type(x) is not Tensor or observed() or x.is_neg():
             return False
         if residual is not None and (type(residual) is not Tensor or residual.is_neg()):
             return False
