@@ -10,7 +10,7 @@ comment says what it shows, paths below benchmarks/:
 <!-- steps FILE --> a training step and an epoch: dense, masked, packed; time and memory
 <!-- difference FILE MODEL EPOCHS --> packed and masked accuracy, the mean of packed minus masked
 over the same seeds and its 95% confidence interval
-<!-- structures FILE --> structured layers: share of the peak, gain over dense torch and OpenVINO
+<!-- structures FILE NAME ... --> structured layers: share of the peak, gain over dense peers
 <!-- forms FILE --> a language model that decodes: tokens per second, gain, parts, sizes
 <!-- rows FILE COLUMN ... --> these columns of every row
 <!-- results FILE ... of METHOD ... --> what quality/results/FILE.jsonl hold, a row for each method
@@ -179,8 +179,8 @@ def steps(file: str) -> str:
     return markdown(header, lines)
 
 
-def structures(file: str) -> str:
-    """Geometric means over the shapes; gains are over the same shapes' dense layers."""
+def structures(file: str, *wanted: str) -> str:
+    """Geometric means over the shapes; gains are over the same shapes' dense layers. No CSR."""
     found = cases(file)
     place = ("n", "sparsity", "rows", "columns")
     dense = {
@@ -191,7 +191,7 @@ def structures(file: str) -> str:
     peers = list(dict.fromkeys(key[-1] for key in dense))
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for case in found:
-        if case["structure"] != "dense":
+        if case["structure"].replace(" ", "") in wanted and case["way"] != "CSR":
             name = (case["n"], case["sparsity"], case["structure"], case["way"])
             groups.setdefault(name, []).append(case)
     lines = []
