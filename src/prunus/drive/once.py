@@ -48,14 +48,8 @@ def prune(
     method has no end or misses a signal, TargetError, NotFiniteError.
     """
     _expect_free(model, sparsifier)
+    _expect_once(sparsifier)
     batches = batches_of(batches)
-    if sparsifier.last is None:
-        raise SignalError(f"{sparsifier} never ends by itself: attach it to an optimizer instead")
-    if sparsifier.observes:
-        raise SignalError(
-            f"{sparsifier} scores by what it observes at every training step, and nothing trains "
-            f"here: attach it to an optimizer, or take a score of the weights as they are"
-        )
     if sequential:
         if batches is None:
             raise SignalError("sequential=True runs the blocks on data: pass batches=")
@@ -80,17 +74,29 @@ def prune(
         model, sites, parameters, {}, inputs, batches, loss, training=False, validate=validate
     )
     with restored(model, parameters):
-        return _run(sparsifier, state, sparsifier.last, sources, progress).masks
+        return _run(sparsifier, state, sources, progress).masks
+
+
+def _expect_once(sparsifier: Sparsifier) -> None:
+    """SignalError for a method that cannot run without training."""
+    if sparsifier.last is None:
+        raise SignalError(f"{sparsifier} never ends by itself: attach it to an optimizer instead")
+    if sparsifier.observes:
+        raise SignalError(
+            f"{sparsifier} scores by what it observes at every training step, and nothing trains "
+            f"here: attach it to an optimizer, or take a score of the weights as they are"
+        )
 
 
 def _run(
     sparsifier: Sparsifier,
     state: State,
-    last: int,
     sources: Sources,
     progress: Progress | None,
 ) -> State:
-    """Make all updates up to step `last`, in place."""
+    """Make all updates up to the method's last step, in place."""
+    last = sparsifier.last
+    assert last is not None
     sites, parameters = sources.sites, dict(sources.parameters)
     while state.step <= last:
         while (needs := sparsifier.needs(state)) is not None:

@@ -7,7 +7,6 @@ layers that were exchanged or hooked get the layer's own forward pass.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Mapping
 from typing import Any, cast
@@ -21,7 +20,7 @@ from prunus import kernels
 from prunus.runtime import candidates
 from prunus.runtime.assemble import assemble
 from prunus.runtime.decide import Options, bound
-from prunus.runtime.forward import Forward, state_of
+from prunus.runtime.forward import Forward, Shortcut
 from prunus.runtime.fuse import plain
 from prunus.runtime.measure import interleaved
 from prunus.runtime.modules import SparseLinear
@@ -40,42 +39,15 @@ _INSIDE = {"LlamaAttention", "LlamaMLP", "LlamaRMSNorm", "SiLU", "SiLUActivation
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Decoder(Forward):
+class Decoder(Shortcut):
     """The forward pass of a decoder layer: native for one token, else what it was before."""
 
-    def __init__(self, before: Forward | None = None) -> None:
-        """before: the forward pass that the layer has instead of its class's."""
-        super().__init__("", {})
-        self.before = before
-
-    @functools.cache  # noqa: B019  (compiled once per class; lives as long as the models do)
-    def subclass(self, base: type[nn.Module]) -> type[nn.Module]:
-        """The class `base` with this forward pass, and with its own as the way back."""
-        inner = base if self.before is None else self.before.subclass(base)
-
-        @functools.wraps(inner.forward)
-        def forward(module: nn.Module, *args: Any, **named: Any) -> Any:
-            y = None if len(args) != 1 or observed() else _passed(module, args[0], named)
-            return inner.forward(module, *args, **named) if y is None else y
-
-        members = {
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": lambda module, _: (_revived, (base, self), state_of(module)),
-            "forward": forward,
-            "prunus_forward": self,
-        }
-        return cast("type[nn.Module]", type(base.__name__, (inner,), members))
+    def attempt(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The output for a single token that nobody watches."""
+        return None if len(args) != 1 or observed() else _passed(module, args[0], named)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Decoder, (self.before,)
-
-
-def _revived(base: type[nn.Module], decoder: Decoder) -> nn.Module:
-    """An empty instance, to be filled with its state."""
-    made = decoder.subclass(base)
-    return cast(nn.Module, made.__new__(made))
 
 
 def _passed(module: nn.Module, x: Any, named: Mapping[str, Any]) -> Tensor | None:

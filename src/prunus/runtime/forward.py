@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 import importlib
@@ -36,17 +37,19 @@ class Forward:
         """The class `base` with this forward pass; copies and pickles find their way back."""
         scope = dict(self.names)
         exec(compile(self.source, f"<prunus.{base.__name__}.forward>", "exec"), scope)
-        members = {
+        members = {**self._members(base), "forward": scope["forward"], **guarding(base)}
+        return cast("type[nn.Module]", type(base.__name__, (base,), members))
+
+    def _members(self, base: type[nn.Module]) -> dict[str, Any]:
+        """What every such class holds, besides its forward pass."""
+        return {
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "__reduce_ex__": lambda module, _: (_revived, (base, self), state_of(module)),
-            "forward": scope["forward"],
             "prunus_forward": self,
-            **guarding(base),
             **copiers(base),
         }
-        return cast("type[nn.Module]", type(base.__name__, (base,), members))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         return self
@@ -57,6 +60,32 @@ class Forward:
             for name, value in self.names.items()
         }
         return _restored, (self.source, plain)
+
+
+class Shortcut(Forward, abc.ABC):
+    """A forward pass that tries another way first and else goes on as before."""
+
+    def __init__(self, before: Forward | None = None) -> None:
+        """before: the forward pass that the module has instead of its class's."""
+        super().__init__("", {})
+        self.before = before
+
+    @abc.abstractmethod
+    def attempt(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The output; None for what the module itself has to compute."""
+
+    @functools.cache  # noqa: B019  (compiled once per class; lives as long as the models do)
+    def subclass(self, base: type[nn.Module]) -> type[nn.Module]:
+        """The class `base` with this forward pass, and with its own as the way back."""
+        inner = base if self.before is None else self.before.subclass(base)
+
+        @functools.wraps(inner.forward)
+        def forward(module: nn.Module, *args: Any, **named: Any) -> Any:
+            y = self.attempt(module, args, named)
+            return inner.forward(module, *args, **named) if y is None else y
+
+        members = {**self._members(base), "forward": forward}
+        return cast("type[nn.Module]", type(base.__name__, (inner,), members))
 
 
 def guarding(base: type[nn.Module]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ other dtypes, layers that were exchanged).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import weakref
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from torch.nn.modules import module as globals_of_modules
 from prunus import kernels
 from prunus.errors import PrunusError, ShapeError
 from prunus.kernels import INPUT, Step
-from prunus.runtime.forward import Forward, copiers, empty, state_of
+from prunus.runtime.forward import Forward, Shortcut
 from prunus.runtime.modules import SparseConv2d
 from prunus.runtime.ops import kept_geometry
 from prunus.runtime.weight import observed
@@ -36,7 +35,7 @@ class Link:
     residual: int | None
 
 
-class Network(Forward):
+class Network(Shortcut):
     """The forward pass of a module that only calls packed convolutions, in one call."""
 
     def __init__(
@@ -46,32 +45,12 @@ class Network(Forward):
 
         before: the forward pass that the module has instead of its class's.
         """
-        super().__init__("", {})
-        self.links, self.inside, self.before = links, inside, before
+        super().__init__(before)
+        self.links, self.inside = links, inside
 
-    @functools.cache  # noqa: B019  (compiled once per class; lives as long as the models do)
-    def subclass(self, base: type[nn.Module]) -> type[nn.Module]:
-        """The class `base` with this forward pass, and with its own as the way back."""
-        inner = base if self.before is None else self.before.subclass(base)
-
-        @functools.wraps(inner.forward)
-        def forward(module: nn.Module, *args: Any, **named: Any) -> Any:
-            if len(args) == 1 and not named and not observed():
-                y = self.run(module, args[0])
-                if y is not None:
-                    return y
-            return inner.forward(module, *args, **named)
-
-        members = {
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": lambda module, _: (_revived, (base, self), state_of(module)),
-            "forward": forward,
-            "prunus_forward": self,
-            **copiers(base),
-        }
-        return cast("type[nn.Module]", type(base.__name__, (inner,), members))
+    def attempt(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The output where nothing but images come in, and nobody watches."""
+        return None if len(args) != 1 or named or observed() else self.run(module, args[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Network, (self.links, self.inside, self.before)
@@ -95,11 +74,6 @@ class Network(Forward):
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         laid = held.table(x.shape[1:], pointers)
         return None if laid is None else laid.call(x.contiguous())
-
-
-def _revived(base: type[nn.Module], network: Network) -> nn.Module:
-    """An empty instance, to be filled with its state."""
-    return empty(network.subclass(base))
 
 
 def contents(module: nn.Module) -> tuple[str, ...]:
