@@ -1,6 +1,7 @@
 """Training that stores and computes only what is there."""
 
 from prunus.training import recipes
+from prunus.training.averaging import average
 from prunus.training.candidates import LargestGradients
 from prunus.training.driver import Dynamic, dynamic
 from prunus.training.layers import SparseWeight, TrainableConv2d, TrainableLinear
@@ -20,6 +21,7 @@ __all__ = [
     "SparseWeight",
     "TrainableConv2d",
     "TrainableLinear",
+    "average",
     "check_topology",
     "dynamic",
     "recipes",

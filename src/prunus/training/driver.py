@@ -38,7 +38,10 @@ class Dynamic:
         structure: Structure | Mapping[str, Structure] | None = None,
     ) -> None:
         """Use `dynamic`."""
-        self.layers = layers_of(model)
+        packed = layers_of(model)
+        self.layers = {name: m for name, m in packed.items() if m.values.requires_grad}
+        if packed and not self.layers:
+            raise AttachError("all packed layers are frozen (requires_grad=False): nothing moves")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         lost = [name for name, layer in self.layers.items() if id(layer.values) not in held]
         if not self.layers or lost:

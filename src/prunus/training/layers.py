@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from prunus import rng
 from prunus.arguments import check_sparsity
-from prunus.errors import FormatError, ShapeError
+from prunus.errors import FormatError, ShapeError, ValueRangeError
 from prunus.training.functions import ConvolutionStep, LinearStep, Outer, Way
 from prunus.training.pattern import Pattern
 from prunus.training.window import Pair, Window
@@ -38,6 +38,7 @@ class SparseWeight(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
+    topology: Tensor
 
     def __init__(
         self, pattern: Pattern, values: Tensor, bias: Tensor | None, shape: tuple[int, ...]
@@ -49,6 +50,8 @@ class SparseWeight(nn.Module):
                 f"{values.numel()} values and a {pattern.shape} pattern of {pattern.nnz} "
                 f"non-zeros do not make a weight {list(shape)}"
             )
+        # Whoever averages or copies buffers beside parameters brings another topology's along.
+        self.register_buffer("topology", pattern.key.clone(), persistent=False)
         self.pattern = pattern
         self.shape = tuple(shape)
         self.values = nn.Parameter(values.detach().clone().contiguous())
@@ -56,6 +59,16 @@ class SparseWeight(nn.Module):
         self.native = True
         self.watch: Callable[[Outer], None] | None = None
         self.forward_set: Tensor | None = None
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where the weights are."""
+        return self._pattern
+
+    @pattern.setter
+    def pattern(self, pattern: Pattern) -> None:
+        self._pattern = pattern
+        self.topology.copy_(pattern.key)
 
     @property
     def nonzeros(self) -> int:
@@ -103,11 +116,13 @@ class SparseWeight(nn.Module):
         """Check and take the index, then the parameters; a wrong index changes nothing."""
         names = ("local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs")
         given = {**dict(zip(names, rest, strict=False)), **named}
-        offsets, columns, values = (
-            state_dict.get(f"{prefix}{name}") for name in (*_INDEX, "values")
-        )
-        if isinstance(offsets, Tensor) and isinstance(columns, Tensor):
+        held = {name: state_dict.get(f"{prefix}{name}") for name in (*_INDEX, "values")}
+        if any(held[name] is not None for name in _INDEX):
             try:
+                for name, each in held.items():
+                    if not isinstance(each, Tensor):
+                        raise FormatError(f"{name} is {type(each).__name__}, not a tensor")
+                offsets, columns, values = (torch.as_tensor(each) for each in held.values())
                 chosen = state_dict.get(f"{prefix}{_FORWARD}")
                 self._take(Pattern(self.pattern.shape, offsets, columns), values, chosen)
             except FormatError as error:
@@ -121,11 +136,10 @@ class SparseWeight(nn.Module):
         plain = {name: value for name, value in state_dict.items() if name not in index}
         super()._load_from_state_dict(plain, prefix, *given.values())
 
-    def _take(self, pattern: Pattern, values: Tensor | None, chosen: Tensor | None) -> None:
+    def _take(self, pattern: Pattern, values: Tensor, chosen: Tensor | None) -> None:
         """Replace the topology; FormatError if the values do not fit it."""
-        if values is None or values.shape != (pattern.nnz,):
-            held = "no" if values is None else values.numel()
-            raise FormatError(f"{held} values for {pattern.nnz} places")
+        if values.shape != (pattern.nnz,):
+            raise FormatError(f"values {list(values.shape)} for {pattern.nnz} places")
         if chosen is not None and (chosen.shape != values.shape or chosen.dtype != torch.bool):
             raise FormatError(f"a forward set of {chosen.numel()} for {pattern.nnz} places")
         self.pattern, self.forward_set = pattern, None if chosen is None else chosen.clone()
@@ -134,6 +148,8 @@ class SparseWeight(nn.Module):
             self.values.data = self.values.detach().new_zeros(values.shape)
 
     def _way(self) -> Way:
+        """How to compute; FormatError where the values are those of another topology."""
+        _check_topology(self)  # pyright: ignore[reportCallIssue]
         return Way(self.pattern, self.native, self.watch, self.forward_set)
 
 
@@ -154,6 +170,8 @@ class TrainableLinear(SparseWeight):
         Values are uniform within 1 / sqrt(kept inputs per output), as nn.Linear's are within
         1 / sqrt(inputs). Raises ValueRangeError, ShapeError.
         """
+        if min(in_features, out_features) < 1:
+            raise ShapeError(f"a layer from {in_features} to {out_features} features is none")
         size = in_features * out_features
         places = distinct(size, round((1 - check_sparsity(sparsity)) * size), ("places", seed))
         pattern = Pattern.of((out_features, in_features), places)
@@ -166,7 +184,7 @@ class TrainableLinear(SparseWeight):
     def from_dense(cls, module: nn.Linear, mask: Tensor | None = None) -> TrainableLinear:
         """Take the kept weights of a dense layer; mask: bool [out, in], None: the non-zeros."""
         pattern, values = _packed(module.weight, mask)
-        return cls(pattern, values, module.bias)
+        return _learning(cls(pattern, values, module.bias), module)
 
     def to_dense(self) -> nn.Linear:
         """The same layer as nn.Linear with zeros."""
@@ -175,6 +193,7 @@ class TrainableLinear(SparseWeight):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out]; ShapeError where the width differs."""
+        _check_input(input)
         if input.shape[-1:] != (self.in_features,):
             raise ShapeError(f"input is {list(input.shape)}, not [..., {self.in_features}]")
         flat = input.reshape(-1, self.in_features)
@@ -219,7 +238,7 @@ class TrainableConv2d(SparseWeight):
             module.groups,
         )
         pattern, values = _packed(module.weight, mask)
-        return cls(pattern, values, module.bias, module.in_channels, window)
+        return _learning(cls(pattern, values, module.bias, module.in_channels, window), module)
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer as nn.Conv2d with zeros."""
@@ -232,6 +251,7 @@ class TrainableConv2d(SparseWeight):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [B, C, H, W] or [C, H, W]; ShapeError where the channels differ."""
+        _check_input(input)
         if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
             raise ShapeError(f"input is {list(input.shape)}, not [B, {self.in_channels}, H, W]")
         x = input if input.dim() == 4 else input.unsqueeze(0)
@@ -244,6 +264,19 @@ class TrainableConv2d(SparseWeight):
         return (
             f"{self.in_channels}, {self.out_channels}, {self.window}, "
             f"bias={self.bias is not None}, sparsity={self.sparsity:.4f}"
+        )
+
+
+@torch.compiler.disable
+def _check_topology(layer: SparseWeight) -> None:
+    held, key = layer.topology, layer.pattern.key
+    if held.is_cpu and torch.equal(held, key):
+        return
+    # averages of equal integers are off by their rounding
+    if bool(((held.cpu() - key).abs() > 64).any()):
+        raise FormatError(
+            "the values of this layer were copied or averaged by their index from a layer of "
+            "another topology: use prunus.training.average to average packed layers"
         )
 
 
@@ -286,7 +319,12 @@ def _pair(value: tuple[int, ...]) -> Pair:
 def _packed(weight: Tensor, mask: Tensor | None) -> tuple[Pattern, Tensor]:
     """Return pattern and values of what a mask keeps (also zeros), or of the non-zeros."""
     matrix = weight.detach().reshape(weight.shape[0], -1)
-    kept = matrix != 0 if mask is None else mask.to(weight.device).reshape(matrix.shape)
+    if mask is None:
+        mask = weight.detach() != 0
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
+        held = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+        raise ShapeError(f"the mask is {held}, not a bool tensor {list(weight.shape)} (True: kept)")
+    kept = mask.to(weight.device).reshape(matrix.shape)
     places = kept.reshape(-1).nonzero().flatten()
     return Pattern.of((matrix.shape[0], matrix.shape[1]), places.cpu()), matrix.reshape(-1)[places]
 
@@ -296,9 +334,26 @@ def _filled(dense: Any, module: SparseWeight) -> Any:
     if module.bias is not None:
         state["bias"] = module.bias.detach().clone()
     dense.load_state_dict(state, assign=True)
-    for parameter in dense.parameters():
-        parameter.requires_grad_()
+    dense.weight.requires_grad_(module.values.requires_grad)
+    if module.bias is not None:
+        dense.bias.requires_grad_(module.bias.requires_grad)
     return dense.train(module.training)
+
+
+L = TypeVar("L", bound=SparseWeight)
+
+
+def _learning(layer: L, module: Any) -> L:
+    """The layer with its parameters frozen where the module's are, in the same mode."""
+    layer.values.requires_grad_(module.weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(module.bias.requires_grad)
+    return layer.train(module.training)
+
+
+def _check_input(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueRangeError(f"input is {x.dtype}: packed layers train on real floating numbers")
 
 
 def distinct(size: int, count: int, key: rng.Key) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import struct
+import threading
+import zlib
 from types import ModuleType
 
 import numpy as np
@@ -37,13 +40,13 @@ class Pattern:
                 f"keep the layer dense, or split it"
             )
         self.shape = shape
-        self.offsets = offsets.detach().to("cpu", torch.int32).contiguous().clone()
-        self.columns = columns.detach().to("cpu", torch.int16).contiguous().clone()
+        self.offsets = _index(offsets, torch.int32, "row offsets")
+        self.columns = _index(columns, torch.int16, "columns")
         self.nnz = self.columns.numel()
         self._check()
-        self._header = _header(shape, self.nnz)
+        self._header = _Header(shape, self.nnz)
         self._parts: dict[int, list[tuple[Pattern, int, int]]] = {}
-        self._turned: dict[Turn, tuple[np.ndarray, Tensor, Tensor]] = {}
+        self._turned: dict[Turn, tuple[_Header, Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, shape: tuple[int, int], places: Tensor) -> Pattern:
@@ -132,11 +135,19 @@ class Pattern:
             else:
                 offsets.zero_()
             shape = (rows, self.shape[0] // groups * turn.width)
-            self._turned[turn] = (_header(shape, self.nnz), offsets, columns)
+            # of two threads the first one's stays: kernels read it by its address
+            self._turned.setdefault(turn, (_Header(shape, self.nnz), offsets, columns))
         header, offsets, columns = self._turned[turn]
         if self.nnz:
             native.turn_ptr(address, *how, offsets.data_ptr(), 0, scratch.data_ptr())
         return _point(header, offsets, columns, scratch)
+
+    @functools.cached_property
+    def key(self) -> Tensor:
+        """64 bits of the content, int32 0 or 32000: averages of unequal keys are no keys."""
+        sums = [zlib.crc32(t.numpy().data) for t in (self.offsets, self.columns)]
+        bits = [(each >> i) & 1 for each in sums for i in range(32)]
+        return torch.tensor(bits, dtype=torch.int32) * 32000
 
     @property
     def nbytes(self) -> int:
@@ -159,19 +170,34 @@ def _narrow(columns: Tensor) -> Tensor:
     return torch.from_numpy(columns.numpy().astype(np.uint16).view(np.int16))
 
 
-def _header(shape: tuple[int, int], nnz: int) -> np.ndarray:
-    raw = np.zeros(128, np.uint8)
-    start = -raw.ctypes.data % 64
-    header = raw[start : start + 64]
-    fields = (blobs.MAGIC, blobs.VERSION, blobs.CSR_F32, *shape, nnz, MAX_SIDE, 1, 0, 0, 0)
-    header[:] = np.frombuffer(_HEADER.pack(*fields), np.uint8)
-    return header
+def _index(given: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """A copy on the CPU; of columns the bits count, as int16 or as numbers below 65536."""
+    if given.dim() != 1 or given.is_floating_point() or given.is_complex():
+        raise FormatError(f"{what} are {given.dtype} {list(given.shape)}, not one row of {dtype}")
+    low, high = (0, MAX_SIDE - 1) if dtype == torch.int16 else (0, 2**31 - 1)
+    found = given.detach().to("cpu")
+    if found.dtype == dtype:
+        return found.contiguous().clone()
+    if found.numel() and not low <= int(found.min()) <= int(found.max()) <= high:
+        raise FormatError(f"{what} lie outside of {low} to {high}")
+    return _narrow(found) if dtype == torch.int16 else found.to(dtype)
 
 
-def _point(header: np.ndarray, offsets: Tensor, columns: Tensor, values: Tensor) -> int:
+class _Header(threading.local):
+    """A kernel blob's header, one per thread: each writes its own addresses."""
+
+    def __init__(self, shape: tuple[int, int], nnz: int) -> None:
+        raw = np.zeros(128, np.uint8)
+        start = -raw.ctypes.data % 64
+        self.bytes = raw[start : start + 64]
+        fields = (blobs.MAGIC, blobs.VERSION, blobs.CSR_F32, *shape, nnz, MAX_SIDE, 1, 0, 0, 0)
+        self.bytes[:] = np.frombuffer(_HEADER.pack(*fields), np.uint8)
+
+
+def _point(header: _Header, offsets: Tensor, columns: Tensor, values: Tensor) -> int:
     """Let a header point at sections that lie elsewhere: distances from it, modulo 2^64."""
-    base = header.ctypes.data
-    places = header[40:64].view("<u8")
+    base = header.bytes.ctypes.data
+    places = header.bytes[40:64].view("<u8")
     for i, section in enumerate((offsets, columns, values)):
         places[i] = (section.data_ptr() - base) % _WRAP
     return base

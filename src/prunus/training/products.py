@@ -7,6 +7,7 @@ y [M, N]. No path holds a dense weight or gradient; the torch path unpacks block
 from __future__ import annotations
 
 import importlib
+import threading
 from types import ModuleType
 
 import torch
@@ -18,7 +19,7 @@ from prunus.training.pattern import Pattern
 BLOCK = 1 << 20
 """Elements of a dense block of rows."""
 
-_scratch: dict[str, Tensor] = {}
+_scratch = threading.local()
 
 
 def _native() -> ModuleType | None:
@@ -86,10 +87,10 @@ def _run(blob: int, x: Tensor, y: Tensor, n: int, bias: Tensor | None, planes: b
 
 
 def room(count: int) -> Tensor:
-    """Memory for the values of a transposed weight, shared by all layers."""
-    held = _scratch.get("values")
+    """Memory for the values of a transposed weight, shared by all layers of a thread."""
+    held: Tensor | None = getattr(_scratch, "values", None)
     if held is None or held.numel() < count:
-        _scratch["values"] = held = torch.empty(count)
+        _scratch.values = held = torch.empty(count)
     return held[:count]
 
 
@@ -144,12 +145,17 @@ def unpacked(pattern: Pattern, values: Tensor, begin: int, end: int) -> Tensor:
 def _multiply_blocks(
     pattern: Pattern, values: Tensor, x: Tensor, bias: Tensor | None, planes: bool
 ) -> Tensor:
-    parts = [unpacked(pattern, values, *rows) for rows in blocks(pattern)]
-    if planes:
-        y = torch.cat([part @ x for part in parts]) if parts else x.new_zeros(0, x.shape[1])
-        return y if bias is None else y + bias[:, None]
-    y = torch.cat([x @ part.t() for part in parts], 1) if parts else x.new_zeros(x.shape[0], 0)
-    return y if bias is None else y + bias
+    n, rows = x.shape[1 if planes else 0], pattern.shape[0]
+    y = x.new_empty((rows, n) if planes else (n, rows))
+    for begin, end in blocks(pattern):
+        part = unpacked(pattern, values, begin, end)
+        if planes:
+            torch.mm(part, x, out=y[begin:end])
+        else:
+            y[:, begin:end] = x @ part.t()
+    if bias is None:
+        return y
+    return y.add_(bias[:, None] if planes else bias)
 
 
 def _multiply_transposed_blocks(

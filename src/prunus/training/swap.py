@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from prunus import allocations, schedules, scores
+from prunus import allocations, encoders, schedules, scores
 from prunus import sites as sites_
 from prunus.compose import compose
 from prunus.core import Allocation, Masks, Signals, Site, Structure
 from prunus.drive import attached
-from prunus.errors import AttachError, SiteError, TargetError
+from prunus.errors import AttachError, CompositionError, ShapeError, SiteError, TargetError
 from prunus.training.layers import SparseWeight, TrainableConv2d, TrainableLinear, unsupported
 from prunus.training.topology import layers_of
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def sparse_training(
@@ -35,15 +38,23 @@ def sparse_training(
     are drawn (default element; n:m shares uniformly), to be passed to `pr.training.dynamic` too,
     which moves connections. Make the optimizer from `model.parameters()` afterwards.
     Depthwise convolutions and other kinds of layers stay dense. Raises SiteError if no layer can be
-    swapped or a weight is tied, TargetError if there is nothing to leave out, AttachError if a
-    sparsifier is attached.
+    swapped or a weight is tied or has hooks, TargetError if there is nothing to leave out,
+    ShapeError for masks that do not fit, AttachError if a sparsifier is attached. Biases, hooks
+    of modules and what is frozen stay as they are; nothing is swapped where anything is refused.
     """
+    if masks is not None and (sparsity, allocation, structure) != (None, None, None):
+        raise CompositionError("masks say what stays: leave out sparsity, allocation and structure")
     if attached(model) is not None:
         raise AttachError("a sparsifier is attached to this model: detach it first, pass its masks")
     inner = sites_.unwrap(model)
     found = [s for s in sites_.find(inner, include, exclude) if _swappable(inner, s)]
     if masks is not None:
         found = _chosen(found, masks)
+    if not found and isinstance(inner, (nn.Linear, nn.Conv2d)):
+        raise SiteError(
+            f"the model itself is a {type(inner).__name__} and cannot be swapped in place: use "
+            f"Trainable{type(inner).__name__}.from_dense(model, mask), or an nn.Sequential of it"
+        )
     if not found:
         raise SiteError("no Linear or plain Conv2d to swap; see the kinds in sparse_training")
     for site in found:
@@ -53,10 +64,17 @@ def sparse_training(
     kept = masks if masks is not None else _kept(inner, found, *drawn)
     if not kept:
         raise TargetError("nothing is off: pass sparsity= or masks=, or zero some weights")
-    for site in found:
-        if site.name in kept:
-            path = site.name.rpartition(".")[0]
-            put(inner, path, _pack(inner.get_submodule(path), kept[site.name]))
+    packed = {
+        path: _pack(path, inner.get_submodule(path), kept[site.name])
+        for site in found
+        if site.name in kept
+        for path in (site.name.rpartition(".")[0],)
+    }
+    for path, layer in packed.items():
+        put(inner, path, layer)
+    for module in inner.modules():
+        if isinstance(module, _ENCODERS) and not encoders.dense(module):
+            encoders.slow(module)
     return model
 
 
@@ -100,11 +118,35 @@ def _kept(
     return method.update(method.init(found, weights, seed), found, weights, Signals()).state.masks
 
 
-def _pack(module: nn.Module, mask: Tensor) -> SparseWeight:
-    if isinstance(module, nn.Linear):
-        return TrainableLinear.from_dense(module, mask).train(module.training)
-    assert isinstance(module, nn.Conv2d)
-    return TrainableConv2d.from_dense(module, mask).train(module.training)
+_ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+_HOOK_ENDS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")
+_HOOKS = [n for n in vars(nn.Module()) if n.endswith(_HOOK_ENDS) and "state_dict" not in n]
+"""Attributes of a module that hold its forward and backward hooks."""
+
+
+def _pack(path: str, module: nn.Module, mask: Tensor) -> SparseWeight:
+    assert isinstance(module, (nn.Linear, nn.Conv2d))
+    weight: Any = module.weight
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        raise SiteError(
+            f"'{path}.weight' has hooks on its gradient, which a packed weight of another shape "
+            f"cannot keep: remove them, or exclude the layer"
+        )
+    kind = TrainableLinear if isinstance(module, nn.Linear) else TrainableConv2d
+    try:
+        layer: SparseWeight = kind.from_dense(module, mask)  # pyright: ignore[reportArgumentType]
+    except ShapeError as error:
+        raise ShapeError(f"'{path}.weight': {error}") from None
+    return _like(module, layer)
+
+
+def _like(old: nn.Module, new: M) -> M:
+    """The new layer with the bias itself and the hooks of the one that it replaces."""
+    new.bias = old.bias
+    for name in _HOOKS:
+        if name in vars(old):
+            vars(new)[name] = vars(old)[name]
+    return new
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -114,10 +156,17 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Swap packed layers back, in place, for torch's with exact zeros (then: save, compile)."""
+    """Swap packed layers back, in place, for torch's with exact zeros (then: save, compile).
+
+    A model that is itself one packed layer is left alone: its dense twin is returned.
+    """
     inner = sites_.unwrap(model)
     for path, layer in layers_of(inner).items():
         assert isinstance(layer, (TrainableLinear, TrainableConv2d))
-        if path:
-            put(inner, path, layer.to_dense())
+        if not path:
+            return _like(layer, layer.to_dense())
+        put(inner, path, _like(layer, layer.to_dense()))
+    for module in inner.modules():
+        if isinstance(module, _ENCODERS) and encoders.dense(module):
+            encoders.fast(module)
     return model
