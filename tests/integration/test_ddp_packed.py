@@ -57,6 +57,23 @@ def worker(rank: int, port: int, grow: str, results) -> None:
         except AttachError as error:
             results[f"resizes {rank}"] = str(error)
         try:
+            inner = torch.optim.SGD(model.parameters(), 1e-2)
+            dynamic(model.module, inner, recipes.granet(0.9, 10))
+        except AttachError as error:
+            results[f"inner {rank}"] = str(error)
+        if rank == 0:  # the other rank trains nothing meanwhile
+            own = pr.sparse_training(make(), 0.5, allocation=pr.allocations.uniform())
+            optimizer = torch.optim.SGD(own.parameters(), 1e-2)
+            dynamic(own, optimizer, recipes.granet(0.9, 20, every=2), distributed=False)
+            for step in range(20):
+                x, y = batch(step)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(own(x), y).backward()
+                optimizer.step()
+            kept = [layer for layer in own if isinstance(layer, SparseWeight)]
+            size = sum(layer.mask().numel() for layer in kept)
+            results["alone"] = 1 - sum(layer.nonzeros for layer in kept) / size
+        try:
             spoiled = TrainableLinear.random(9, 9, 0.5, seed=rank)
             check_topology({"spoiled": spoiled})
         except DisagreementError as error:
@@ -78,6 +95,8 @@ def test_two_ranks_are_one_process_with_the_whole_batch(grow):
     assert found[0] == found[1]
     assert len(found[0]) == 3
     assert "fixed sizes" in found["resizes 0"]
+    assert "distributed=False" in found["inner 1"]
+    assert abs(found["alone"] - 0.9) < 1e-2
     assert "'spoiled'" in found["error 0"]
     assert "'spoiled'" in found["error 1"]
     alone = train(

@@ -109,11 +109,14 @@ class LargestGradients:
     `passes` is 1, and otherwise all are held, as inputs and gradients of outputs, until `find`.
     """
 
-    def __init__(self, pattern: Pattern, count: int, passes: int = 1) -> None:
-        """Use as `layer.watch`; passes: how many are expected (0: unknown)."""
+    def __init__(
+        self, pattern: Pattern, count: int, passes: int = 1, together: bool = True
+    ) -> None:
+        """Use as `layer.watch`; passes: how many are expected (0: unknown); together: all ranks."""
         self.pattern = pattern
         self.best = Best(count)
         self.passes = passes
+        self.together = together
         self.seen = 0
         self._held: list[Outer] = []
 
@@ -175,7 +178,7 @@ class LargestGradients:
         dense = held[0](begin, end, step, out)
         for rows in held[1:]:
             dense += rows(begin, end, step)
-        if dist.is_available() and dist.is_initialized():
+        if self.together and dist.is_available() and dist.is_initialized():
             dist.all_reduce(dense)
         return dense
 

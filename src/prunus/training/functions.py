@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_weight
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from prunus.training.convolution import can_turn, convolve, convolve_back, sampled_convolution
 from prunus.training.pattern import Pattern
@@ -105,6 +105,8 @@ class ConvolutionStep(torch.autograd.Function):
         ctx.save_for_backward(x, values)
         ctx.way, ctx.window, dtype = way, window, x.dtype
         x, values = x.to(values.dtype), way.used(values)
+        if way.pattern.full:
+            return F.conv2d(x, _whole(values, x, window), bias, *window.given).to(dtype)
         if way.native and runs_native(x, values, bias):
             return convolve(way.pattern, values, x, bias, window).to(dtype)
         pattern, size = way.pattern, window.output(x.shape[2], x.shape[3])
@@ -155,12 +157,13 @@ def _rows(x: Tensor, g: Tensor, window: Window, begin: int, end: int, step: int)
             seen_by = x[:, share(i, window, x.shape[1])]
             mine = g[:, low:high:step]
             shape = (mine.shape[1], seen_by.shape[1], *window.kernel)
-            given: Any = (window.stride, window.padding, window.dilation)
-            parts.append(conv2d_weight(seen_by, shape, mine, *given).flatten(1))
+            parts.append(conv2d_weight(seen_by, shape, mine, *window.given[:3]).flatten(1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _input_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Window) -> Tensor:
+    if way.pattern.full:
+        return conv2d_input(x.shape, _whole(values, x, window), g, *window.given)
     native = way.native and runs_native(values, g)
     if native and can_turn(way.pattern, window):
         return convolve_back(way.pattern, values, g, window, (x.shape[2], x.shape[3]))
@@ -177,6 +180,9 @@ def _input_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Wind
 
 
 def _value_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Window) -> Tensor:
+    if way.pattern.full:
+        shape = _whole(values, x, window).shape
+        return conv2d_weight(x, shape, g, *window.given).reshape(-1)
     if way.native and runs_native(values, x, g):
         return sampled_convolution(way.pattern, x, g, window)
     out = torch.zeros_like(values)
@@ -187,6 +193,11 @@ def _value_gradient(way: Way, values: Tensor, x: Tensor, g: Tensor, window: Wind
             into = out[first:last]
             sampled(piece, columns, planes, planes=True, out=into, native=False)
     return out
+
+
+def _whole(values: Tensor, x: Tensor, window: Window) -> Tensor:
+    """The values of a full layer as the dense weight."""
+    return values.view(-1, x.shape[1] // window.groups, *window.kernel)
 
 
 def images(x: Tensor, rows: int, size: Pair, most: int = 1 << 20) -> list[slice]:

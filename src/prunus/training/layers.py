@@ -26,6 +26,7 @@ class SparseWeight(nn.Module):
     Gradients and optimizer moments have nnz elements. `state_dict` holds values, row offsets
     (int32) and columns (the bits of uint16 in int16); loading takes the topology with it, also one
     with another number of non-zeros (then load before making the optimizer).
+    watch, active: who is shown the gradients, and the activities, of the dense weight by rows.
     native: False computes in torch with blocks of rows made dense, which wins at low sparsity.
     forward_set: bool [nnz], what the forward pass uses and `to_dense` keeps (None: all that is
     stored); the rest learns beside it, as in Top-KAST.
@@ -58,7 +59,12 @@ class SparseWeight(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.native = True
         self.watch: Callable[[Outer], None] | None = None
+        self.active: Callable[[Outer], None] | None = None
         self.forward_set: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are not watched."""
+        return {**self.__dict__, "watch": None, "active": None}
 
     @property
     def pattern(self) -> Pattern:
@@ -152,6 +158,10 @@ class SparseWeight(nn.Module):
         _check_topology(self)  # pyright: ignore[reportCallIssue]
         return Way(self.pattern, self.native, self.watch, self.forward_set)
 
+    def _tell(self, x: Tensor, y: Tensor, window: Window | None = None) -> None:
+        if self.active is not None and torch.is_grad_enabled():
+            _call(self.active, Outer(x.detach(), y.detach(), window, (True, True)))  # pyright: ignore
+
 
 class TrainableLinear(SparseWeight):
     """y [..., out] = x [..., in] W^T + bias with W sparse, for training."""
@@ -198,6 +208,7 @@ class TrainableLinear(SparseWeight):
             raise ShapeError(f"input is {list(input.shape)}, not [..., {self.in_features}]")
         flat = input.reshape(-1, self.in_features)
         y = _linear(flat, self.values, self.bias, self._way())  # pyright: ignore[reportCallIssue]
+        self._tell(flat, y)
         return y.reshape(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -257,6 +268,7 @@ class TrainableConv2d(SparseWeight):
         x = input if input.dim() == 4 else input.unsqueeze(0)
         given = (x, self.values, self.bias, self._way(), self.window)
         y = _convolution(*given)  # pyright: ignore[reportCallIssue]
+        self._tell(x, y, self.window)
         return y if input.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
@@ -278,6 +290,11 @@ def _check_topology(layer: SparseWeight) -> None:
             "the values of this layer were copied or averaged by their index from a layer of "
             "another topology: use prunus.training.average to average packed layers"
         )
+
+
+@torch.compiler.disable
+def _call(look: Callable[[Outer], None], rows: Outer) -> None:
+    look(rows)
 
 
 @torch.compiler.disable

@@ -70,6 +70,11 @@ class Pattern:
         if bool(((columns[1:] <= columns[:-1]) & ~starts[1 : self.nnz]).any()):
             raise FormatError("the columns of a row are not sorted and unique")
 
+    @property
+    def full(self) -> bool:
+        """Whether no place is empty: the values are the dense weight."""
+        return self.nnz == self.shape[0] * self.shape[1]
+
     def parts(self, groups: int) -> list[tuple[Pattern, int, int]]:
         """The patterns of equal groups of rows, each with its range of non-zeros; kept."""
         if groups == 1:

@@ -100,10 +100,15 @@ def _choose(
 ) -> Choice:
     times: dict[str, list[float]] = {"sparse": [], "dense": [], "plain": []}
     plain = _dense(layer)
-    for _ in range(repetitions + 1):
-        for way, found in times.items():
-            layer.native = way == "sparse"
-            found.append(measure(plain if way == "plain" else layer, x))
+    watching = layer.watch, layer.active
+    layer.watch = layer.active = None  # no pass of the training
+    try:
+        for _ in range(repetitions + 1):
+            for way, found in times.items():
+                layer.native = way == "sparse"
+                found.append(measure(plain if way == "plain" else layer, x))
+    finally:
+        layer.watch, layer.active = watching
     best = {way: min(found[1:]) for way, found in times.items()}
     layer.native = best["sparse"] <= best["dense"]
     unpacked = unpack and best["plain"] < min(best["sparse"], best["dense"])

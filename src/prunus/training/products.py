@@ -49,7 +49,7 @@ def multiply(
     """W x (+ bias): y [N, M] of tokens, or [M, N] of planes. native: False for torch's products."""
     n = x.shape[1] if planes else x.shape[0]
     rows = pattern.shape[0]
-    if not (native and runs_native(values, x, bias)):
+    if pattern.full or not (native and runs_native(values, x, bias)):
         return _multiply_blocks(pattern, values, x, bias, planes)
     y = x.new_empty((rows, n) if planes else (n, rows))
     if y.numel():
@@ -64,7 +64,7 @@ def multiply_transposed(
     """W^T g: the gradient to the input, [N, K] of tokens or [K, N] of planes."""
     n = g.shape[1] if planes else g.shape[0]
     columns = pattern.shape[1]
-    if not (native and runs_native(values, g)):
+    if pattern.full or not (native and runs_native(values, g)):
         return _multiply_transposed_blocks(pattern, values, g, planes)
     out = g.new_empty((columns, n) if planes else (n, columns))
     if out.numel():
@@ -106,7 +106,7 @@ def sampled(
 
     tokens: x [N, K], g [N, M]; planes: x [K, N], g [M, N].
     """
-    if not (native and runs_native(x, g)):
+    if pattern.full or not (native and runs_native(x, g)):
         found = _sampled_blocks(pattern, x, g, planes)
         return found if out is None else out.add_(found)
     assert NATIVE is not None
@@ -137,6 +137,8 @@ def blocks(pattern: Pattern) -> list[tuple[int, int]]:
 def unpacked(pattern: Pattern, values: Tensor, begin: int, end: int) -> Tensor:
     """Dense rows [begin, end) of the weight."""
     first, last = int(pattern.offsets[begin]), int(pattern.offsets[end])
+    if pattern.full:
+        return values.detach()[first:last].view(end - begin, pattern.shape[1])
     dense = values.new_zeros((end - begin) * pattern.shape[1])
     dense[pattern.row_places(begin, end).to(values.device)] = values.detach()[first:last]
     return dense.view(end - begin, pattern.shape[1])
@@ -173,5 +175,6 @@ def _sampled_blocks(pattern: Pattern, x: Tensor, g: Tensor, planes: bool) -> Ten
     parts = []
     for begin, end in blocks(pattern):
         dense = g[begin:end] @ x.t() if planes else g[:, begin:end].t() @ x
-        parts.append(dense.reshape(-1)[pattern.row_places(begin, end).to(x.device)])
-    return torch.cat(parts) if parts else x.new_zeros(0)
+        flat = dense.reshape(-1)
+        parts.append(flat if pattern.full else flat[pattern.row_places(begin, end).to(x.device)])
+    return parts[0] if len(parts) == 1 else torch.cat([x.new_zeros(0), *parts])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from prunus import allocations, encoders, schedules, scores
@@ -34,9 +35,11 @@ def sparse_training(
 
     Which weights stay: `masks` (site name -> bool, True = kept); or random ones at `sparsity`,
     shared out by `allocation` (default erk), with the draw that rigl and set_ start from; or, with
-    neither, the non-zeros of the weights. Kept weights keep their values. structure: the units that
-    are drawn (default element; n:m shares uniformly), to be passed to `pr.training.dynamic` too,
-    which moves connections. Make the optimizer from `model.parameters()` afterwards.
+    neither, the non-zeros of the weights. Kept weights keep their values. Layers that the
+    allocation leaves full are packed, too, and compute as dense ones while they are full.
+    structure: the units that are drawn (default element; n:m shares uniformly), to be passed to
+    `pr.training.dynamic` too, which moves connections. Make the optimizer from
+    `model.parameters()` afterwards.
     Depthwise convolutions and other kinds of layers stay dense. Raises SiteError if no layer can be
     swapped or a weight is tied or has hooks, TargetError if there is nothing to leave out,
     ShapeError for masks that do not fit, AttachError if a sparsifier is attached. Biases, hooks
@@ -115,7 +118,12 @@ def _kept(
         allocation=allocation or (allocations.uniform() if pinned else allocations.erk()),
         schedule=schedules.one_shot(sparsity),
     )
-    return method.update(method.init(found, weights, seed), found, weights, Signals()).state.masks
+    drawn = method.update(method.init(found, weights, seed), found, weights, Signals()).state.masks
+    # A layer that the allocation leaves full is packed too: later moves may thin it out.
+    return {
+        site.name: drawn.get(site.name, torch.ones_like(weights[site.name], dtype=torch.bool))
+        for site in found
+    }
 
 
 _ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)

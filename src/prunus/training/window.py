@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 Pair = tuple[int, int]
 
@@ -29,6 +30,11 @@ class Window:
             )
         ]
         return sizes[0], sizes[1]
+
+    @property
+    def given(self) -> Any:
+        """Stride, padding, dilation and groups, as torch's convolutions take them."""
+        return self.stride, self.padding, self.dilation, self.groups
 
     @property
     def plain(self) -> bool:

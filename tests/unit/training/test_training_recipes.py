@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import prunus as pr
 from prunus import allocations, attach, growth, methods
 from prunus.core import Context, Site
-from prunus.errors import CompositionError, ValueRangeError
+from prunus.errors import AttachError, CompositionError, ValueRangeError
 from prunus.training import (
     SparseWeight,
     TrainableConv2d,
@@ -242,7 +242,10 @@ def test_mistakes_are_told():
         recipes.rigl(10, grow="nothing")
     with pytest.raises(ValueRangeError, match="at least 1"):
         recipes.set_(10, every=0)
-    model, optimizer, _ = begin("rigl")
+    model, optimizer, driver = begin("rigl")
+    with pytest.raises(AttachError, match="detach"):
+        dynamic(model, optimizer, recipes.top_kast(0.3, 10))
+    driver.detach()
     dynamic(model, optimizer, recipes.top_kast(0.3, 10))
     with pytest.raises(ValueRangeError, match="lower sparsity"):
         train(model, optimizer, 0, 1)

@@ -74,7 +74,7 @@ def test_every_element_has_its_phase():
 
 def test_bytes_of_a_strided_layer_are_those_of_the_values_and_two_columns():
     conv = nn.Conv2d(8, 16, 3, 2, 1)
-    packed = TrainableConv2d.from_dense(conv)
+    packed = TrainableConv2d.from_dense(conv, torch.rand(conv.weight.shape) < 0.4)
     packed(torch.randn(2, 8, 9, 9, requires_grad=True)).sum().backward()
     rows = 4 * (16 + 1) + 4 * (4 * 8 + 1)
     assert packed.pattern.nbytes == 2 * 2 * packed.nonzeros + rows
