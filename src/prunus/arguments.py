@@ -1,7 +1,8 @@
-"""Checks of the two arguments that nearly every part takes: a sparsity, and steps."""
+"""Checks of arguments that many parts take: a sparsity, steps, shares and positive numbers."""
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 
 from prunus.errors import ValueRangeError
@@ -25,3 +26,19 @@ def check_steps(**steps: int) -> None:
         real = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not (real and value >= 0 and value != float("inf") and value == int(value)):
             raise ValueRangeError(f"{name} counts optimizer steps and cannot be {value!r}")
+
+
+def check_share(**shares: float) -> None:
+    """Raise ValueRangeError unless each is a number between 0 and 1 (NaN is none)."""
+    for name, value in shares.items():
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        if not (real and 0.0 <= value <= 1.0):
+            raise ValueRangeError(f"{name} is a share between 0 and 1, got {value!r}")
+
+
+def check_positive(zero: bool = False, /, **values: float) -> None:
+    """Raise ValueRangeError unless each is a finite number above 0, or 0 where `zero` allows it."""
+    for name, value in values.items():
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        if not (real and math.isfinite(value) and (value > 0 or (zero and value == 0))):
+            raise ValueRangeError(f"{name} is a number {'>=' if zero else '>'} 0, got {value!r}")

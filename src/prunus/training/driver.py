@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from prunus import growth
 from prunus.core import Sparsifier, Structure
-from prunus.errors import AttachError, CompositionError, ValueRangeError
+from prunus.errors import AttachError, CompositionError
 from prunus.training.candidates import attached_places, free_places, top
 from prunus.training.layers import SparseWeight
-from prunus.training.recipes import At, Move, Recipe, Stored, exchange
+from prunus.training.recipes import At, Move, Recipe, Stored, check_moves, exchange
 from prunus.training.structured import moved, ranking_of, structures_of
 from prunus.training.topology import check_topology, layers_of, rewire
 from prunus.training.watches import Watch
@@ -324,8 +324,7 @@ def dynamic(
             f"{steps} works on dense tensors: use a recipe of pr.training.recipes, or pr.attach. "
             f"sparse_momentum has no recipe, because its average gradient is dense by nature"
         )
-    if steps < 1:
-        raise ValueRangeError(f"steps is the length of the training, at least 1, got {steps}")
+    check_moves(steps, fraction=fraction, stop=stop)
     end = max(1, int(steps * stop))
     turnover = growth.cosine(fraction, end)
     recipe = exchange(f"dynamic, {grow}", grow, every, end, turnover)

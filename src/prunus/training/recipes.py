@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunus import growth, schedules
-from prunus.arguments import check_sparsity
+from prunus.arguments import check_positive, check_share, check_steps
 from prunus.errors import ValueRangeError
 from prunus.training.candidates import top
 from prunus.training.walks import reparameterize, walk
@@ -83,7 +83,16 @@ class Recipe:
     score: Callable[[Stored], Tensor] | None = None
 
 
+def check_moves(steps: int, /, **shares: float) -> None:
+    """ValueRangeError unless `steps` is a length, and the others lie in [0, 1]."""
+    check_steps(steps=steps)
+    if steps < 1:
+        raise ValueRangeError(f"steps is the length of the training, at least 1, got {steps}")
+    check_share(**shares)
+
+
 def _every(every: int, stop: int) -> Callable[[int], bool]:
+    check_steps(every=every)
     if every < 1:
         raise ValueRangeError(f"every={every}: steps between moves, at least 1")
     return lambda step: 0 < step < stop and step % every == 0
@@ -122,6 +131,7 @@ def set_(steps: int, *, every: int = 100, fraction: float = 0.3) -> Recipe:
 
     Source: Mocanu et al. 2018, arXiv 1707.04780.
     """
+    check_moves(steps, fraction=fraction)
     return exchange("set_", "random", every, steps, growth.fixed(fraction))
 
 
@@ -138,7 +148,9 @@ def rigl(
     grow: "hebbian" adds where |sum of x_j y_i| over the step's batch is largest, "preferential"
     where neurons are well connected; both as in `growth`.
     Source: Evci et al. 2020, arXiv 1911.11134.
+    Differs: what a move drops does not return in the same move; in the paper it may.
     """
+    check_moves(steps, fraction=fraction, stop=stop)
     end = max(1, int(steps * stop))
     return exchange("rigl", grow, every, end, growth.cosine(fraction, end))
 
@@ -150,7 +162,10 @@ def itop(
 
     Source: Liu, Yin, Mocanu, Pechenizkiy 2021, arXiv 2102.02887.
     """
-    pause = every or max(1, min(1500 if grow == "random" else 4000, steps // 10))
+    check_moves(steps, fraction=fraction)
+    pause = (
+        every if every is not None else max(1, min(1500 if grow == "random" else 4000, steps // 10))
+    )
     return exchange("itop", grow, pause, steps, growth.cosine(fraction, steps))
 
 
@@ -166,6 +181,8 @@ def mest(
 
     Source: Yuan et al. 2021, arXiv 2110.14032.
     """
+    check_moves(steps, fraction=fraction, stop=stop)
+    check_positive(True, gradient=gradient)
     end = max(1, int(steps * stop))
 
     def score(layer: Stored) -> Tensor:
@@ -189,6 +206,11 @@ def granet(
     initial: the sparsity that `sparse_training` was given. See methods.granet.
     Source: Liu et al. 2021, arXiv 2106.10404.
     """
+    check_moves(steps, sparsity=sparsity, fraction=fraction, initial=initial, stop=stop)
+    if sparsity < initial:
+        raise ValueRangeError(
+            f"granet prunes from initial={initial:g} up, not to sparsity={sparsity:g}"
+        )
     end = max(1, int(steps * stop))
     ramp, turnover = schedules.cubic(sparsity, 0, end, every, initial), growth.cosine(fraction, end)
 
@@ -230,6 +252,18 @@ def nest(
     seed_sparsity: what `sparse_training` was given (allocation uniform, as the targets here).
     Source: Dai, Yin, Jha 2018, arXiv 1711.02017.
     """
+    check_moves(
+        steps,
+        sparsity=sparsity,
+        seed_sparsity=seed_sparsity,
+        peak_sparsity=peak_sparsity,
+        grown=grown,
+    )
+    if peak_sparsity > min(sparsity, seed_sparsity):
+        raise ValueRangeError(
+            f"nest grows down to peak_sparsity={peak_sparsity:g}, which must not exceed "
+            f"seed_sparsity={seed_sparsity:g} and sparsity={sparsity:g}"
+        )
     turn = max(1, int(steps * grown))
     rest = max(1, steps - turn)
     up = schedules.linear(peak_sparsity, 0, turn - 1, every, initial=seed_sparsity)
@@ -267,6 +301,9 @@ def deep_rewiring(
     Differs: the sign of a place is a hash of seed and place, nothing is drawn for dormant places;
     a weight that wakes up gets its first gradient one step later, and is judged with it.
     """
+    check_moves(steps)
+    check_positive(lr=lr)
+    check_positive(True, l1=l1, temperature=0.0 if temperature is None else temperature)
     heat = lr * l1**2 / 18 if temperature is None else temperature
     drift, noise = lr * l1, math.sqrt(2 * lr * heat)
 
@@ -292,7 +329,9 @@ def dynamic_reparameterization(
     See methods.dynamic_reparameterization.
     Source: Mostafa & Wang 2019, arXiv 1902.05967, algorithm 1.
     """
-    check_sparsity(fraction, "the fraction dropped")
+    check_moves(steps, fraction=fraction)
+    check_positive(threshold=threshold)
+    check_positive(True, tolerance=tolerance)
 
     def plan(layers: Mapping[str, Stored], at: At) -> tuple[Moves, Mapping[str, float]]:
         limit = at.memory["threshold"]
@@ -324,7 +363,9 @@ def top_kast(
     Differs: nothing outside of B is stored, so B moves by exchanging its smallest `explore` for
     random places every `pause` steps, in the first three quarters.
     """
-    check_sparsity(sparsity)
+    check_moves(steps, sparsity=sparsity, explore=explore)
+    check_positive(True, decay=decay)
+    anew = _every(every, steps)
     swap = _every(pause, steps * 3 // 4)
 
     def moved(step: int, nnz: int, size: int) -> int:
@@ -347,4 +388,4 @@ def top_kast(
             moves[name] = Move(lowest(values.abs(), count), count, values, forward)
         return moves, {}
 
-    return Recipe("top_kast", lambda t: t < steps and t % every == 0, plan, most=moved)
+    return Recipe("top_kast", lambda t: t == 0 or anew(t), plan, most=moved)

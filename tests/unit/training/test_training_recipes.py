@@ -251,6 +251,39 @@ def test_mistakes_are_told():
         train(model, optimizer, 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("set_", {"steps": -3}),
+        ("set_", {"steps": 10.5}),
+        ("set_", {"steps": "a"}),
+        ("set_", {"fraction": 2}),
+        ("rigl", {"stop": -1}),
+        ("rigl", {"stop": math.nan}),
+        ("itop", {"every": 0}),
+        ("mest", {"gradient": -1}),
+        ("granet", {"sparsity": 0.3}),
+        ("nest", {"sparsity": 0.5}),
+        ("nest", {"grown": 3}),
+        ("deep_rewiring", {"lr": -1}),
+        ("deep_rewiring", {"temperature": math.inf}),
+        ("dynamic_reparameterization", {"threshold": 0}),
+        ("dynamic_reparameterization", {"tolerance": -1}),
+        ("top_kast", {"every": 0}),
+        ("top_kast", {"explore": 3}),
+        ("top_kast", {"decay": -1}),
+    ],
+)
+def test_arguments_out_of_range_are_refused_by_name(name, given):
+    first = {"steps": 10}
+    if name in ("granet", "nest", "top_kast"):
+        first["sparsity"] = 0.9
+    if name == "deep_rewiring":
+        first["lr"] = 0.1
+    with pytest.raises(ValueRangeError, match=next(iter(given))):
+        getattr(recipes, name)(**{**first, **given})
+
+
 def test_a_saved_model_fills_one_with_other_counts_and_optional_sets(tmp_path):
     model, optimizer, _ = begin("top_kast")
     train(model, optimizer, 0, 9)
