@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from prunus import kernels
 from prunus.errors import ValueRangeError
-from prunus.runtime import cache, candidates
+from prunus.runtime import cache, candidates, streaming
 from prunus.runtime.assemble import assemble, in_channels_last
 from prunus.runtime.candidates import Call, Calls, Candidate
 from prunus.runtime.epilogue import Fusing
@@ -53,6 +53,8 @@ class Options:
     dtype: torch.dtype
     duplicate_weights: bool
     choose: Choose | None
+    memory: float = 0.0
+    """Seconds of reading a byte of weights; 0 where they stay in the caches between calls."""
 
     @property
     def replayed(self) -> Plan | None:
@@ -67,8 +69,13 @@ def decide(model: nn.Module, calls: Calls, options: Options) -> tuple[Plan, dict
     tied = candidates.tied_outputs(model) if options.dtype == torch.int8 else frozenset()
     rows: list[Row] = []
     twins: dict[str, nn.Module] = {}
-    for name, module in candidates.layers_of(model).items():
-        layer = candidates.layer_of(name, module)
+    modules = candidates.layers_of(model)
+    layers = {name: candidates.layer_of(name, module) for name, module in modules.items()}
+    if options.choose is None and streaming.streams(sum(x.nonzeros for x in layers.values())):
+        memory = streaming.seconds_per_byte(environment(options.threads))
+        options = dataclasses.replace(options, memory=memory)
+    for name, module in modules.items():
+        layer = layers[name]
         reason = candidates.refusal(module, owners, calls[name], name in tied)
         ways = {} if reason else candidates.ways_of(layer, module, options.dtype)
         if reason:
@@ -224,6 +231,9 @@ def _times(
             return {name: bound(make(), inputs[name]) for name, make in runners.items()}
 
         seconds = timed(key, runners, runs)
+        if options.memory:  # the clock finds weights in the caches, the model will not
+            held = streaming.sizes(_weight(layer, module), runners, lambda name: runners[name]())
+            seconds = {name: seconds[name] + options.memory * held[name] for name in runners}
         # In the order of the ways, whether from the clock or the disk: it decides equal times.
         found[bucket] = {name: count * seconds[name] for name in runners}
     return found
@@ -258,18 +268,25 @@ def _buckets(kind: str, calls: Mapping[Call, int]) -> dict[int, tuple[Call, int]
 
 def _key(layer: Layer, module: nn.Module, call: Call, bucket: int, threads: int) -> dict[str, Any]:
     """What the times of a layer depend on."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
     moves = ("stride", "padding", "dilation", "groups", "padding_mode")
     return {
         **environment(threads),
+        **_weight(layer, module),
+        "options": [str(getattr(module, name)) for name in moves if hasattr(module, name)],
+        "input": [bucket, *(() if layer.kind == "linear" else call.shape[1:]), call.layout()],
+    }
+
+
+def _weight(layer: Layer, module: nn.Module) -> dict[str, Any]:
+    """The part of a key that says which weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return {
         "kind": layer.kind,
         "shape": list(layer.shape),
         "kept": round(layer.nonzeros / max(weight.numel(), 1), 3),
         "pattern": candidates.pattern_of(weight),
         "bias": module.bias is not None,
-        "options": [str(getattr(module, name)) for name in moves if hasattr(module, name)],
-        "input": [bucket, *(() if layer.kind == "linear" else call.shape[1:]), call.layout()],
     }
 
 

@@ -19,6 +19,9 @@ from prunus.runtime.verify import BF16, difference, same_randomness
 MODEL_BUDGET = 1.0
 """Seconds of measuring the whole model."""
 
+EVEN = 1.03
+"""A bfloat16 form may take this many times as long: it halves the bytes of what is not packed."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -117,6 +120,8 @@ def judged(plan: Plan, times: Mapping[Form, Sequence[float]]) -> tuple[Plan, For
         and all(a <= b for a, b in zip(times[form], times[dense], strict=True))
     ]
     taken = min(sound, key=totals.__getitem__, default=dense)
+    narrow = [form for form in sound if form.half and totals[form] <= EVEN * totals[taken]]
+    taken = min(narrow, key=totals.__getitem__, default=taken)
     found = dataclasses.replace(
         plan,
         dense_seconds=totals[dense],
