@@ -14,7 +14,8 @@ def by_site(rules: Mapping[str, Sparsifier]) -> Sparsifier:
     """Give each site to the first rule whose pattern matches its name; others stay dense.
 
     rules: shell pattern or module prefix ("*" matches all) -> method. Raises SiteError when a rule
-    gets no site. A gradual method and a one-shot method, or two sparsities, go side by side.
+    gets no site. A rule names its sites: the outputs of a classifier go, too, if a rule of whole
+    outputs holds for it. A gradual and a one-shot method, or two sparsities, go side by side.
     """
     if not rules:
         raise CompositionError("by_site needs at least one rule, e.g. {'encoder.*': method}")
@@ -107,7 +108,8 @@ def then(first: Sparsifier, step: int, second: Sparsifier) -> Sparsifier:
     last = None if second.last is None else second.last + step
     name = f"then({first.name}, {step}, {second.name})"
     sees = first.observes or second.observes
-    return Sparsifier(name, needs, init, update, second.target, last, sees)
+    whole = first.whole or second.whole
+    return Sparsifier(name, needs, init, update, second.target, last, sees, whole)
 
 
 def _moved(state: State, steps: int) -> State:

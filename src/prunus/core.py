@@ -115,6 +115,7 @@ class Sparsifier:
     name: what reports show. target: the sparsity it ends with, over all its sites (None: whatever
     comes out). last: the step of its last update (None: it never ends).
     observes: whether it learns from every training step, and knows nothing where nothing trains.
+    whole: whether it may remove whole outputs of a layer, or whole layers.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Sparsifier:
     target: float | None = None
     last: int | None = None
     observes: bool = False
+    whole: bool = False
 
     def __repr__(self) -> str:
         """Show the method and its arguments."""
@@ -184,7 +186,8 @@ class Structure:
     reduce(score) -> [rows, units]; expand(keep [rows, units], shape) -> bool tensor of that shape.
     pinned: the sparsity that the structure itself fixes, None if it fixes none. outputs: how many
     consecutive outputs have units of their own, so that a weight can be reduced and expanded piece
-    by piece, units in the same order; 0 where only the whole weight can.
+    by piece, units in the same order; 0 where only the whole weight can. whole: whether a unit is
+    all that an output is made of: a filter, a neuron, a head, a layer.
     """
 
     name: str
@@ -193,6 +196,7 @@ class Structure:
     expand: Callable[[Tensor, tuple[int, ...]], Tensor]
     pinned: float | None = None
     outputs: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True)

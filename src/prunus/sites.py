@@ -68,6 +68,11 @@ def _as_list(patterns: Patterns) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns or ())
 
 
+def named(patterns: Patterns) -> bool:
+    """Tell whether there is any pattern."""
+    return bool(_as_list(patterns))
+
+
 def find(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> tuple[Site, ...]:
     """List the prunable weights of a model in the order of `named_parameters()`.
 

@@ -84,7 +84,8 @@ def train(model, optimizer, start, stop, after=lambda step: None):
 def begin(method="gradual", optimizer="sgd", seed=0):
     model = net(seed)
     opt = OPTIMIZERS[optimizer](model.parameters())
-    return model, opt, pr.attach(METHODS[method](), model, opt, inputs=batch(0)[0], seed=3)
+    everything = {"include": ["conv", "hidden", "out"], "inputs": batch(0)[0], "seed": 3}
+    return model, opt, pr.attach(METHODS[method](), model, opt, **everything)
 
 
 def check_off_is_zero(model, attached):

@@ -75,7 +75,7 @@ def test_scores_below_zero_are_refused_instead_of_removing_a_layer():
         schedule=schedules.one_shot(0.5),
     )
     with pytest.raises(TargetError, match=r"0\.weight"):
-        pr.prune(network(), method)
+        pr.prune(network(), method, include="*.weight")
 
 
 @pytest.mark.parametrize("score", [scores.magnitude(), pr.core.Score("moved", lambda w, at: w)])

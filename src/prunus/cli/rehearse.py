@@ -12,6 +12,7 @@ from prunus.bench import Dataset, steps_per_epoch
 from prunus.cli.experiment import Experiment
 from prunus.cli.user import blamed
 from prunus.core import Signals
+from prunus.drive.ends import without_ends
 from prunus.errors import PrunusError, RecipeError
 
 
@@ -28,7 +29,7 @@ def rehearse(job: Experiment) -> None:
     data, model = job.data(job.seeds[0]), job.model(job.seeds[0])
     _training(job, data, model)
     _forward(model, data)
-    _method(job, model, job.training.epochs * steps_per_epoch(data, job.training.batch_size))
+    _method(job, model, data, job.training.epochs * steps_per_epoch(data, job.training.batch_size))
 
 
 def _training(job: Experiment, data: Dataset, model: nn.Module) -> None:
@@ -41,7 +42,7 @@ def _training(job: Experiment, data: Dataset, model: nn.Module) -> None:
         )
 
 
-def _method(job: Experiment, model: nn.Module, steps: int) -> None:
+def _method(job: Experiment, model: nn.Module, data: Dataset, steps: int) -> None:
     try:
         found = sites.find(model, list(job.include), list(job.exclude))
     except PrunusError as error:
@@ -51,9 +52,10 @@ def _method(job: Experiment, model: nn.Module, steps: int) -> None:
         place = ("method",) if sparsity is None else ("sweep",)
         try:
             method = job.method(sparsity, steps)
-            last = replace(method.init(found, weights, 0), step=method.last or 0)
+            meant = without_ends(method, model, found, list(job.include), data.train_inputs[:1])
+            last = replace(method.init(meant, weights, 0), step=method.last or 0)
             if method.needs(last) == frozenset():  # no gradient: the final mask can be tried
-                method.update(last, found, weights, Signals())
+                method.update(last, meant, weights, Signals())
         except PrunusError as error:
             raise Misfit(place, str(error)) from error
         if method.last is not None and method.last >= steps:

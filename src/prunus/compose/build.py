@@ -65,6 +65,7 @@ def compose(
         ),
         target=None if open_ended else schedule.final,
         last=schedule.last,
+        whole=structure.whole,
     )
     parts_need = score.needs | (grow.needs if grow else frozenset())
     method = averaged(method) if MOMENTUM in parts_need else method

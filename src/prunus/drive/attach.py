@@ -18,6 +18,7 @@ from prunus.core import Masks, Site, Sparsifier, State
 from prunus.drive.agree import check_agreement
 from prunus.drive.checkpoint import KEY, from_blob, same_method, to_blob
 from prunus.drive.data import Data, batches_of
+from prunus.drive.ends import without_ends
 from prunus.drive.registry import (
     enter,
     expect_arguments,
@@ -65,6 +66,7 @@ def attach(
     expect_arguments(sparsifier, model, seed)
     optimizer = real_optimizer(optimizer)
     sites = trained_sites(model, optimizer, include, exclude)
+    sites = without_ends(sparsifier, model, sites, include, inputs)
     expect_free(model, optimizer, sites)
     data = Data(inputs, batches_of(batches), loss, validate)
     attached = Attached(sparsifier, model, optimizer, sites, data, seed)

@@ -12,6 +12,7 @@ from torch import nn
 from prunus import sites as sites_
 from prunus.core import Masks, Sparsifier, State
 from prunus.drive.data import batches_of
+from prunus.drive.ends import without_ends
 from prunus.drive.registry import attached
 from prunus.drive.rewrite import restored, write
 from prunus.drive.sequential import Progress, prune_sequential
@@ -42,8 +43,9 @@ def prune(
     loader is iterated anew at every pass.
     sequential: prune the blocks of a deep model one after the other, each on what the pruned ones
     before it put out; blocks: see `drive.prune_sequential`. progress(done, of, name): before each
-    update and at the end, in steps or blocks. Returns the masks; to go on training with them,
-    attach `methods.fixed()`. On an error the weights are as they were.
+    update and at the end, in steps or blocks. Methods that remove whole outputs leave out layers
+    whose outputs are the network's, with a warning, unless include= names them. Returns the masks;
+    to go on training with them, attach `methods.fixed()`. On an error the weights are as they were.
     Raises AttachError for a model whose zeros an attached sparsifier keeps, SignalError if the
     method has no end or misses a signal, TargetError, NotFiniteError.
     """
@@ -68,6 +70,7 @@ def prune(
         raise SignalError(f"blocks={blocks!r} counts with sequential=True only: pass it, too")
     model = sites_.unwrap(model)
     sites = sites_.find(model, include, exclude)
+    sites = without_ends(sparsifier, model, sites, include, inputs)
     parameters = sites_.parameters(model, sites)
     state = sparsifier.init(sites, sites_.weights(parameters), seed)
     sources = Sources(

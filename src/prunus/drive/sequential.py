@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunus import sites as sites_
 from prunus.core import Masks, Site, Sparsifier
+from prunus.drive.ends import without_ends
 from prunus.drive.rewrite import restored, write
 from prunus.drive.signals import Loss, Sources, as_call, collect, untouched
 from prunus.drive.signals.products import FastLinear
@@ -56,6 +57,7 @@ def prune_sequential(
     """
     model = sites_.unwrap(model)
     found = sites_.find(model, include, exclude)
+    found = without_ends(sparsifier, model, found, include)
     name, stack = _stack(model, found, blocks)
     parts = _parts(model, name, stack, found)
     owned = [site for _, own in parts for site in own]

@@ -1,8 +1,8 @@
 """Methods that remove whole outputs (filters, neurons) by what they are or do.
 
-The mask zeroes incoming weights only; an output that is off may still give its bias. The outputs of
-the last layer are the model's own (logits of classes): pass its name as exclude=, or they go as
-well. By default a site keeps one output at least.
+The mask zeroes incoming weights only; an output that is off may still give its bias. Layers whose
+outputs are the network's own (logits of classes) are left out, with a warning, unless include=
+names them: see `drive.ends`. By default a site keeps one output at least.
 """
 
 from __future__ import annotations

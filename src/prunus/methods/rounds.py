@@ -18,6 +18,7 @@ from prunus.compose.memory import observed
 from prunus.core import Masks, Score, Site, Sparsifier, State, Update, Weights
 from prunus.drive import attach
 from prunus.drive.checkpoint import from_blob, to_blob
+from prunus.drive.ends import without_ends
 from prunus.drive.progress import Progress, shown
 from prunus.drive.records import random_state, read_record, set_random_state, write_record
 from prunus.drive.rewrite import write
@@ -124,6 +125,7 @@ class Rounds:
     def run(self) -> list[Ticket]:
         """Run the rounds that no record holds yet."""
         found = sites.find(self.model, self.include, self.exclude)
+        found = without_ends(self.method, self.model, found, self.include)
         parameters = sites.parameters(self.model, found)
         state = self.method.init(found, sites.weights(parameters), 0)
         show = shown(self.progress, self.name)

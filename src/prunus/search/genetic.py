@@ -50,6 +50,8 @@ def evolve(
     inputs, batches, loss: as for `prune`. folder: a checkpoint after every generation, from which
     the same call goes on; progress: (generations done, generations, text). The same seed finds the
     same. Raises TargetError if the bounds do not allow the total, NotFiniteError for a NaN.
+    Source: Whitley & Bogart 1990, IJCNN (genetic algorithms that prune networks). Differs: genes
+    are shares of sites, where the paper's are single connections.
     """
     if population < 2 or generations < 0 or spread <= 0:
         raise ValueRangeError(

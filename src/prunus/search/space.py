@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from prunus import sites as sites_
 from prunus.arguments import check_sparsity
 from prunus.core import Allocation, Sparsifier
 from prunus.drive import prune
+from prunus.drive.ends import without_ends
 from prunus.drive.records import read_record, write_record
 from prunus.drive.rewrite import same_state
 from prunus.drive.signals import Loss
@@ -78,10 +80,12 @@ class Space:
                 f"{self.least:g} and {self.most:g}: all would stand at the bound ({names})"
             )
 
-    @property
+    @cached_property
     def sites(self) -> tuple[sites_.Site, ...]:
-        """Return the sites that shares are searched for."""
-        return sites_.find(self.model, self.include, self.exclude)
+        """The sites that shares are searched for, without the ends that `prune` leaves out."""
+        found = sites_.find(self.model, self.include, self.exclude)
+        method = self.method(allocations.uniform())
+        return without_ends(method, self.model, found, self.include, self.inputs)
 
     def starts(self) -> list[np.ndarray]:
         """Return shares to begin with: all alike, and Erdos-Renyi-Kernel."""
@@ -130,8 +134,7 @@ class Space:
                 inputs=self.inputs,
                 batches=self.batches,
                 loss=self.loss,
-                include=self.include,
-                exclude=self.exclude,
+                include=[site.name for site in found],
             )
             reached = {
                 s.name: 1.0 - int(masks[s.name].count_nonzero()) / s.size

@@ -77,7 +77,8 @@ def head(heads: int, axis: int = 0, parts: int = 1) -> Structure:
         narrow[axis] = shape[axis]
         return kept.reshape(narrow).expand(shape).contiguous()
 
-    return Structure(f"head({heads}, axis={axis})", layout, reduce, expand)
+    name = f"head({heads}, axis={axis})"
+    return Structure(name, layout, reduce, expand, whole=axis == 0)
 
 
 def stripe() -> Structure:
@@ -126,6 +127,7 @@ def layer(reduction: str = "mean") -> Structure:
         layout=lambda shape: (1, 1, math.prod(shape)),
         reduce=reduce,
         expand=lambda keep, shape: keep.reshape([1] * len(shape)).expand(shape).contiguous(),
+        whole=True,
     )
 
 

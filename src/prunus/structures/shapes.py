@@ -124,4 +124,5 @@ def channel(axis: int = 0, reduction: str = "sum") -> Structure:
         reduce=reduce,
         expand=expand,
         outputs=1 - axis,
+        whole=axis == 0,
     )

@@ -54,7 +54,7 @@ def test_a_depthwise_layer_keeps_its_one_input(method):
 def test_a_layer_with_one_output_keeps_it():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 1))
-    pr.prune(model, methods.apoz(0.5), batches=[torch.randn(16, 8)])
+    pr.prune(model, methods.apoz(0.5), batches=[torch.randn(16, 8)], include="*.weight")
     assert bool((model[2].weight != 0).all())
 
 
@@ -159,9 +159,9 @@ def test_attention_is_named_where_its_inputs_cannot_be_seen():
 @pytest.mark.parametrize("method", [methods.wanda, methods.apoz], ids=["wanda", "apoz"])
 def test_batches_with_targets_want_a_loss(method):
     with pytest.raises(SignalError, match="loss="):
-        pr.prune(network(), method(0.5), batches=[pair()])
+        pr.prune(network(), method(0.5), batches=[pair()], include="*.weight")
     with pytest.raises(SignalError, match="loss="):
-        pr.prune(network(), method(0.5), batches=pair())
+        pr.prune(network(), method(0.5), batches=pair(), include="*.weight")
 
 
 def test_a_flag_is_no_sparsity():

@@ -129,14 +129,15 @@ def outputs_of(
                 yield f.outputs, value if loss else found[-1]
     finally:
         handle.remove()
+    if not found and not seen:
+        raise ValueRangeError("the calibration data is empty: batches= gave no batch")
     unseen = [site.name for site in sources.sites if site.name not in seen]
-    if unseen and seen:
+    if unseen:
         raise SignalError(
             f"the outputs of {', '.join(unseen)} cannot be seen: they are known for linear and "
-            f"convolution layers that the batches reach; exclude these sites"
+            f"convolution layers that the batches reach, not inside nn.MultiheadAttention, nn.LSTM "
+            f"and nn.GRU; exclude these sites"
         )
-    if not seen:
-        raise ValueRangeError("the calibration data is empty: it reached no site")
 
 
 def _expect_numbers(outputs: Sequence[Output]) -> None:
