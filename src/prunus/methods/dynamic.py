@@ -61,7 +61,8 @@ def rigl(
     steps: optimizer steps of the training; every: steps between moves; stop: share of the training
     after which the mask is final. Starts from a random mask. Defaults: erk, every 100, 0.3, 0.75.
     Source: Evci, Gale, Menick, Castro, Elsen 2020, arXiv 1911.11134, algorithm 1.
-    Differs: the weights that stay also take a gradient step at a move.
+    Differs: the weights that stay also take a gradient step at a move; what a move drops does not
+    return in the same move, in the paper it may.
     """
     check_steps(steps=steps)
     end = max(1, int(steps * stop))

@@ -251,6 +251,7 @@ def nest(
 
     seed_sparsity: what `sparse_training` was given (allocation uniform, as the targets here).
     Source: Dai, Yin, Jha 2018, arXiv 1711.02017.
+    Differs: connections only; neurons are not grown, and no bridging gradient is formed.
     """
     check_moves(
         steps,
