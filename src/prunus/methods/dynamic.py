@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Literal
 
 from prunus import allocations, growth, schedules, scores
-from prunus.arguments import check_steps
+from prunus.arguments import check_share, check_steps
 from prunus.combine import then
 from prunus.compose import compose
 from prunus.core import Allocation, Score, Sparsifier, Structure
+from prunus.errors import ValueRangeError
 from prunus.kinds import GRADIENT
 from prunus.methods.origin import at_initialisation
 from prunus.methods.pruning import gradual_magnitude
@@ -65,6 +66,7 @@ def rigl(
     return in the same move, in the paper it may.
     """
     check_steps(steps=steps)
+    check_share(stop=stop)
     end = max(1, int(steps * stop))
     return compose(
         scores.magnitude(),
@@ -159,6 +161,11 @@ def granet(
     Differs: where it starts sparse, the first mask is random over all sites alike, not erk.
     """
     check_steps(steps=steps)
+    check_share(stop=stop)
+    if sparsity < initial:
+        raise ValueRangeError(
+            f"granet prunes from initial={initial:g} up, not to sparsity={sparsity:g}"
+        )
     end = max(1, int(steps * stop))
     return compose(
         scores.magnitude(),
@@ -192,6 +199,7 @@ def mest(
     the authors' code has gradient = 0 as its default.
     """
     check_steps(steps=steps)
+    check_share(stop=stop)
     end = max(1, int(steps * stop))
     score = Score(
         f"mest({gradient:g})",
@@ -231,6 +239,7 @@ def nest(
     gradient between layers l - 1 and l + 1 is not formed.
     """
     check_steps(steps=steps)
+    check_share(grown=grown)
     turn = max(1, int(steps * grown))
     allocation = allocation or allocations.uniform()
     up = compose(
