@@ -49,11 +49,11 @@ def test_layers_with_a_computed_weight_are_named_in_a_warning():
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: pr.methods.rigl(0.9, 60, stop=2), "stop"),
-        (lambda: pr.methods.mest(0.9, 60, stop=-1), "stop"),
-        (lambda: pr.methods.granet(0.3, 60, initial=0.5), "sparsity"),
-        (lambda: pr.methods.granet(0.9, 60, stop=float("nan")), "stop"),
-        (lambda: pr.methods.nest(0.9, 60, grown=3), "grown"),
+        (lambda: methods.rigl(0.9, 60, stop=2), "stop"),
+        (lambda: methods.mest(0.9, 60, stop=-1), "stop"),
+        (lambda: methods.granet(0.3, 60, initial=0.5), "sparsity"),
+        (lambda: methods.granet(0.9, 60, stop=float("nan")), "stop"),
+        (lambda: methods.nest(0.9, 60, grown=3), "grown"),
     ],
 )
 def test_shares_of_a_training_out_of_range_are_refused_by_name(make, name):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from prunus.runtime.assemble import in_channels_last
-from prunus.runtime.decide import LAST, bound, channels_last
+from prunus.runtime.decide import LAST, MARGIN, bound, channels_last
 from prunus.runtime.dense import in_bfloat16
 from prunus.runtime.measure import interleaved
 from prunus.runtime.plan import DENSE, Plan
@@ -19,7 +19,7 @@ from prunus.runtime.verify import BF16, difference, same_randomness
 MODEL_BUDGET = 1.0
 """Seconds of measuring the whole model."""
 
-EVEN = 1.03
+EVEN = MARGIN
 """A bfloat16 form may take this many times as long: it halves the bytes of what is not packed."""
 
 
