@@ -13,6 +13,7 @@ from prunus import sites as sites_
 from prunus.compose import compose
 from prunus.core import Allocation, Masks, Signals, Site, Structure
 from prunus.drive import attached
+from prunus.drive.ends import without_ends
 from prunus.errors import AttachError, CompositionError, ShapeError, SiteError, TargetError
 from prunus.training.layers import SparseWeight, TrainableConv2d, TrainableLinear, unsupported
 from prunus.training.topology import layers_of
@@ -63,7 +64,7 @@ def sparse_training(
     for site in found:
         if site.aliases:
             raise SiteError(f"{site.name!r} is tied to {', '.join(site.aliases)}; exclude it")
-    drawn = (sparsity, allocation, structure, seed)
+    drawn = (sparsity, allocation, structure, seed, include)
     kept = masks if masks is not None else _kept(inner, found, *drawn)
     if not kept:
         raise TargetError("nothing is off: pass sparsity= or masks=, or zero some weights")
@@ -106,6 +107,7 @@ def _kept(
     allocation: Allocation | None,
     structure: Structure | None,
     seed: int,
+    include: sites_.Patterns,
 ) -> Mapping[str, Tensor]:
     weights = sites_.weights(sites_.parameters(model, found))
     if sparsity is None:
@@ -118,6 +120,7 @@ def _kept(
         allocation=allocation or (allocations.uniform() if pinned else allocations.erk()),
         schedule=schedules.one_shot(sparsity),
     )
+    found = list(without_ends(method, model, tuple(found), include))
     drawn = method.update(method.init(found, weights, seed), found, weights, Signals()).state.masks
     # A layer that the allocation leaves full is packed too: later moves may thin it out.
     return {

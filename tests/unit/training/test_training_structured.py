@@ -76,6 +76,7 @@ def side_by_side(method, recipe, structure):
         yield dict(attached.masks), found
 
 
+@pytest.mark.filterwarnings("ignore:.*removes whole outputs")
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("shape", STRUCTURES)
 def test_packed_moves_are_the_masked_ones(name, shape, monkeypatch):

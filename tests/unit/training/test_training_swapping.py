@@ -313,3 +313,13 @@ def test_an_average_by_index_is_refused_once_connections_moved(buffers):
         averaged(x)
     with pytest.raises(FormatError, match="average"):
         to_dense(averaged.module)
+
+
+def test_whole_outputs_of_the_last_layer_stay_unless_they_are_named():
+    model, structure = network(), pr.structures.channel(0)
+    with pytest.warns(UserWarning, match=r"3\.weight"):
+        pr.sparse_training(model, 0.5, structure=structure)
+    assert type(model[3]) is nn.Linear
+    assert isinstance(model[2], TrainableLinear)
+    model = pr.sparse_training(network(), 0.5, structure=structure, include="*")
+    assert isinstance(model[3], TrainableLinear)
