@@ -34,4 +34,5 @@ def fast(module: nn.Module) -> None:
 def dense(module: nn.Module) -> bool:
     """Tell whether the fast path finds in all encoder layers below what it reads."""
     layers = [m for m in module.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    return all(type(m) is nn.Linear for layer in layers for m in (layer.linear1, layer.linear2))
+    read = [getattr(layer, name, None) for layer in layers for name in ("linear1", "linear2")]
+    return all(m is None or type(m) is nn.Linear for m in read)

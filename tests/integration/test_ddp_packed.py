@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prunus as pr
 from prunus.errors import AttachError, DisagreementError
-from prunus.training import SparseWeight, TrainableLinear, check_topology, dynamic, recipes
+from prunus.training import SparseWeight, TrainableLinear, average, check_topology, dynamic, recipes
 
 
 def make() -> nn.Module:
@@ -56,6 +57,9 @@ def worker(rank: int, port: int, grow: str, results) -> None:
             dynamic(model, torch.optim.SGD(model.parameters(), 1e-2), recipes.granet(0.9, 10))
         except AttachError as error:
             results[f"resizes {rank}"] = str(error)
+        twin = copy.deepcopy(model.module)
+        average(twin, model, 0.5)  # looks below the wrapper
+        results[f"twin {rank}"] = torch.equal(twin[1].values, model.module[1].values)
         try:
             inner = torch.optim.SGD(model.parameters(), 1e-2)
             dynamic(model.module, inner, recipes.granet(0.9, 10))
@@ -95,6 +99,8 @@ def test_two_ranks_are_one_process_with_the_whole_batch(grow):
     assert found[0] == found[1]
     assert len(found[0]) == 3
     assert "fixed sizes" in found["resizes 0"]
+    assert found["twin 0"]
+    assert found["twin 1"]
     assert "distributed=False" in found["inner 1"]
     assert abs(found["alone"] - 0.9) < 1e-2
     assert "'spoiled'" in found["error 0"]

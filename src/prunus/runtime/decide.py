@@ -232,7 +232,8 @@ def _times(
 
         seconds = timed(key, runners, runs)
         if options.memory:  # the clock finds weights in the caches, the model will not
-            held = streaming.sizes(_weight(layer, module), runners, lambda name: runners[name]())
+            weight = environment(options.threads) | _weight(layer, module)
+            held = streaming.sizes(weight, runners, lambda name: runners[name]())
             seconds = {name: seconds[name] + options.memory * held[name] for name in runners}
         # In the order of the ways, whether from the clock or the disk: it decides equal times.
         found[bucket] = {name: count * seconds[name] for name in runners}

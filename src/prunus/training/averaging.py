@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prunus.arguments import check_sparsity
+from prunus.arguments import check_share
 from prunus.errors import ShapeError
+from prunus.sites import unwrap
 from prunus.training.layers import SparseWeight
 
 
@@ -20,7 +21,8 @@ def average(averaged: nn.Module, model: nn.Module, decay: float = 0.999) -> None
     which is right only while no connection moves; packed layers refuse to compute after that.
     Raises ShapeError if the models differ, ValueRangeError for a decay outside of [0, 1].
     """
-    check_sparsity(decay, "decay")
+    check_share(decay=decay)
+    averaged, model = unwrap(averaged), unwrap(model)
     theirs, ours = dict(model.named_modules()), dict(averaged.named_modules())
     if theirs.keys() != ours.keys():
         raise ShapeError(f"{type(averaged).__name__} is not a copy of {type(model).__name__}")

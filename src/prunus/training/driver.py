@@ -158,6 +158,7 @@ class Dynamic:
         # A fused optimizer under a GradScaler skips the step by itself: then nothing happened.
         found = getattr(optimizer, "found_inf", None)
         self._skipped = found is not None and bool(found)
+        self._check_sizes(optimizer)
         if self._skipped or not self.recipe.due(self.step):
             return None
         own = args and args[0] is optimizer
@@ -181,7 +182,6 @@ class Dynamic:
 
     @torch.no_grad()
     def _move(self, optimizer: Optimizer) -> None:
-        self._check_sizes(optimizer)
         if not self._complete():
             return
         learning = self._learning
@@ -197,7 +197,6 @@ class Dynamic:
             any_moved = self._apply_units(name, optimizer) or any_moved
         if any_moved and self.distributed:
             check_topology(self.layers)
-        self._sizes = {name: layer.nonzeros for name, layer in self.layers.items()}
         for layer in self.layers.values():  # a closure may run again
             layer.watch = layer.active = None
 
@@ -212,6 +211,7 @@ class Dynamic:
                         f"{name!r} was loaded with {layer.nonzeros} weights, but the optimizer's "
                         f"{key} has {held.numel()}: load the optimizer's state too, or make it anew"
                     )
+            self._sizes[name] = layer.nonzeros
 
     def _apply_units(self, name: str, optimizer: Optimizer) -> bool:
         """Exchange units of a layer, with the draws and scores of the masked method."""
@@ -311,8 +311,9 @@ def dynamic(
     Source: Evci et al. 2020, arXiv 1911.11134; Mocanu et al. 2018, arXiv 1707.04780.
     distributed: whether gradients are summed over all ranks of torch.distributed, which must all
     train this model (None: if there are several); False: this process trains alone.
-    Frozen layers stay. A move whose gradients are missing, not finite or incomplete is left out
-    with a warning. `optimizer.step(closure)` moves behind the closure's first run.
+    Layers that are frozen now stay, those frozen later while they are. A move whose gradients are
+    missing, not finite or incomplete is left out with a warning. `optimizer.step(closure)` moves
+    behind the closure's first run.
     Raises AttachError if the optimizer does not hold the packed values, CompositionError for a
     method of `prunus.methods`, for a recipe that would break the structure, for places that are
     not whole units, or that show a structure while none is given (`structures.element()` drops it).

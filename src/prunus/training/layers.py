@@ -160,7 +160,7 @@ class SparseWeight(nn.Module):
 
     def _tell(self, x: Tensor, y: Tensor, window: Window | None = None) -> None:
         if self.active is not None and torch.is_grad_enabled():
-            _call(self.active, Outer(x.detach(), y.detach(), window, (True, True)))  # pyright: ignore
+            _call(self.active, Outer(x.detach(), y.detach(), window, (True, True)))  # pyright: ignore[reportCallIssue]
 
 
 class TrainableLinear(SparseWeight):

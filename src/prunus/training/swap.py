@@ -122,6 +122,8 @@ def _kept(
     )
     found = list(without_ends(method, model, tuple(found), include))
     drawn = method.update(method.init(found, weights, seed), found, weights, Signals()).state.masks
+    if all(bool(mask.all()) for mask in drawn.values()):
+        return {}
     # A layer that the allocation leaves full is packed too: later moves may thin it out.
     return {
         site.name: drawn.get(site.name, torch.ones_like(weights[site.name], dtype=torch.bool))

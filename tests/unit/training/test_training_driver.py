@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import prunus as pr
 from prunus import allocations
 from prunus.errors import AttachError
-from prunus.training import SparseWeight, TrainableConv2d, dynamic, recipes, tune
+from prunus.training import SparseWeight, dynamic, recipes, tune
 
 
 def network(seed=0):
@@ -193,9 +193,10 @@ def test_a_topology_loaded_just_before_a_move_waits_for_a_pass():
     assert not same(loaded, places(model))
 
 
-def test_another_size_loaded_beside_old_moments_is_told():
+@pytest.mark.parametrize("steps", [2, 3])  # the fourth step moves, the third does not
+def test_another_size_loaded_beside_old_moments_is_told(steps):
     model, optimizer, _ = begin(kind=torch.optim.Adam)
-    train(model, optimizer, 0, 3)
+    train(model, optimizer, 0, steps)
     other = pr.sparse_training(network(), 0.6)
     model.load_state_dict(other.state_dict())
     x, y = batch(3)
@@ -246,7 +247,6 @@ def test_full_layers_compute_as_dense_ones(conv):
         torch.testing.assert_close(y, twin(x))
         torch.testing.assert_close(left.grad, right.grad)
         torch.testing.assert_close(packed.values.grad, twin.weight.grad.reshape(-1))
-        assert type(packed) is TrainableConv2d or packed.shape == (7, 12)
 
 
 def test_watched_layers_are_copied_and_saved_without_their_watch():

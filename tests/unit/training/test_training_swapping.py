@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 import prunus as pr
-from prunus.errors import CompositionError, FormatError, ShapeError, SiteError, ValueRangeError
+from prunus.errors import (
+    CompositionError,
+    FormatError,
+    ShapeError,
+    SiteError,
+    TargetError,
+    ValueRangeError,
+)
 from prunus.training import Pattern, TrainableConv2d, TrainableLinear, average, dynamic, to_dense
 from prunus.training import products as products_
 
@@ -151,6 +158,11 @@ def test_masks_and_a_sparsity_contradict_each_other(beside):
     model = network()
     with pytest.raises(CompositionError, match="masks"):
         pr.sparse_training(model, masks=masks_of(model), **beside)
+
+
+def test_nothing_to_leave_out_is_an_error():
+    with pytest.raises(TargetError, match="nothing is off"):
+        pr.sparse_training(network(), 0.0)
 
 
 def test_a_model_that_is_one_layer():
