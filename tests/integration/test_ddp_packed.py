@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import joined
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,11 +42,8 @@ def train(model: nn.Module, grow: str, rows: slice) -> list[torch.Tensor]:
     return [layer.dense_weight() for layer in inner if isinstance(layer, SparseWeight)]
 
 
-def worker(rank: int, port: int, grow: str, results) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
+def worker(rank: int, meeting: str, grow: str, results) -> None:
+    with joined(rank, meeting):
         model = DistributedDataParallel(
             pr.sparse_training(make(), 0.7, allocation=pr.allocations.uniform())
         )
@@ -82,19 +77,14 @@ def worker(rank: int, port: int, grow: str, results) -> None:
             check_topology({"spoiled": spoiled})
         except DisagreementError as error:
             results[f"error {rank}"] = str(error)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grow", ["gradient", "random"])
-def test_two_ranks_are_one_process_with_the_whole_batch(grow):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+def test_two_ranks_are_one_process_with_the_whole_batch(grow, tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, args=(port, grow, results), nprocs=2)
+        mp.spawn(worker, args=(str(tmp_path / "meeting"), grow, results), nprocs=2)
         found = dict(results)
     assert found[0] == found[1]
     assert len(found[0]) == 3
