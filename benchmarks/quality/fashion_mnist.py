@@ -98,10 +98,26 @@ BALANCED: dict[str, Make] = {
         s, n, allocation=pr.allocations.erk()
     ),
 }
+# All weights learn by the gradients of a few: at the common rate these may kill a sparse network.
+SLOWER = {"feedback_slow": 0.1, "neural_wirings_slow": 0.1}
+"""Method -> factor on the rate."""
+CAREFUL: dict[str, Make] = {
+    "feedback_slow": m.feedback,
+    "neural_wirings_slow": m.neural_wirings,
+}
 PROCEDURES = ("lottery_ticket", "train_prune_finetune", "early_bird")
-NAMES = ["dense", *AT_START, *WHILE_TRAINING, *LATER, *PROCEDURES, *BALANCED_AT_START, *BALANCED]
+NAMES = [
+    "dense",
+    *AT_START,
+    *WHILE_TRAINING,
+    *LATER,
+    *PROCEDURES,
+    *BALANCED_AT_START,
+    *BALANCED,
+    *CAREFUL,
+]
 AT_START |= BALANCED_AT_START
-WHILE_TRAINING |= LATER | BALANCED
+WHILE_TRAINING |= LATER | BALANCED | CAREFUL
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -207,6 +223,8 @@ def run(
         masks = pr.prune(model, method, inputs=batch[0], batches=[batch], loss=loss, seed=seed)
     # the paper of global_sparse_momentum asks for 0.98
     optimizer = optimizer_of(model, 0.98 if name == "global_sparse_momentum" else MOMENTUM)
+    for group in optimizer.param_groups:
+        group["lr"] *= SLOWER.get(name, 1.0)
     attached, reached, last = None, 0.0, 0.0
     if name in PROCEDURES:
         reached, last = procedure(model, name, sparsity, data, seed, epochs)

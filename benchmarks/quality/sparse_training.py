@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import prunus as pr
 from prunus import allocations, growth, schedules, scores
 from prunus.bench import Dataset, fashion_mnist, fit, lenet_300_100, steps_per_epoch
-from prunus.core import Sparsifier
+from prunus.core import Allocation, Sparsifier
 from prunus.training import Recipe, SparseWeight, recipes
 
 m = pr.methods
@@ -48,10 +48,10 @@ def grown(rule: Callable[[Callable[[int], float]], Any], sparsity: float, steps:
     )
 
 
-def static(sparsity: float) -> Sparsifier:
+def static(sparsity: float, share: Allocation | None = None) -> Sparsifier:
     """The random mask that rigl starts from, for good."""
     schedule = schedules.one_shot(sparsity)
-    return pr.compose(scores.random(), allocation=allocations.erk(), schedule=schedule)
+    return pr.compose(scores.random(), allocation=share or allocations.erk(), schedule=schedule)
 
 
 MASKED: dict[str, Callable[[float, int], Sparsifier | None]] = {
@@ -70,8 +70,10 @@ MASKED: dict[str, Callable[[float, int], Sparsifier | None]] = {
     "dynamic_reparameterization": m.dynamic_reparameterization,
     "deep_rewiring": lambda s, n: m.deep_rewiring(s, n, lr=base.RATE),
     "top_kast": m.top_kast,
+    "static_er": lambda s, n: static(s, allocations.er()),
+    "rigl_er": lambda s, n: m.rigl(s, n, allocation=allocations.er()),
 }
-"""(sparsity, steps) -> method on dense tensors."""
+"""(sparsity, steps) -> method on dense tensors; the last two share as set_ does."""
 
 
 def start(model: nn.Module, sparsity: float, seed: int, share: Any = None) -> None:
@@ -84,6 +86,8 @@ def packed(name: str, model: nn.Module, s: float, n: int, seed: int) -> Recipe |
     first: dict[str, tuple[float, Any]] = {
         "set_": (s, allocations.er()),
         "deep_rewiring": (s, allocations.er()),
+        "static_er": (s, allocations.er()),
+        "rigl_er": (s, allocations.er()),
         "mest": (s, uniform),
         "dynamic_reparameterization": (s, uniform),
         "granet": (0.5, uniform),
@@ -94,6 +98,8 @@ def packed(name: str, model: nn.Module, s: float, n: int, seed: int) -> Recipe |
     start(model, sparsity, seed, share)
     return {
         "static": lambda: None,
+        "static_er": lambda: None,
+        "rigl_er": lambda: recipes.rigl(n),
         "set_": lambda: recipes.set_(n),
         "rigl": lambda: recipes.rigl(n),
         "itop": lambda: recipes.itop(n),

@@ -300,8 +300,10 @@ NOT_METHODS = {
     "eigendamage",
     "EarlyBird",
     "Loop",
+    "Neurons",
     "Ticket",
     "early_bird",
+    "grow_neurons",
     "lottery_ticket",
     "train_prune_finetune",
 }

@@ -19,6 +19,7 @@ from prunus.methods.initialization import (
 )
 from prunus.methods.loop import Loop
 from prunus.methods.lottery import lottery_ticket, train_prune_finetune
+from prunus.methods.neurons import Neurons, grow_neurons
 from prunus.methods.outputs import (
     apoz,
     batchnorm_scale,
@@ -76,6 +77,7 @@ from prunus.methods.top_kast import top_kast
 __all__ = [
     "EarlyBird",
     "Loop",
+    "Neurons",
     "Rotated",
     "Ticket",
     "ac_dc",
@@ -104,6 +106,7 @@ __all__ = [
     "granet",
     "grasp",
     "greedy_forward",
+    "grow_neurons",
     "iterative_hard_thresholding",
     "iterative_snip",
     "itop",

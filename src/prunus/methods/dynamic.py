@@ -235,8 +235,8 @@ def nest(
     the training; then gradual magnitude pruning to `sparsity`. With structure=channel(0) whole
     neurons are grown: those with the largest summed |dL/dw|. Default allocation: uniform.
     Source: Dai, Yin, Jha 2018, arXiv 1711.02017.
-    Differs: neurons come from the network's own width and start at zero; the paper's bridging
-    gradient between layers l - 1 and l + 1 is not formed.
+    Differs: neurons come from the network's own width and start at zero; `grow_neurons` widens a
+    layer by the paper's bridging gradients before.
     """
     check_steps(steps=steps)
     check_share(grown=grown)

@@ -251,7 +251,7 @@ def nest(
 
     seed_sparsity: what `sparse_training` was given (allocation uniform, as the targets here).
     Source: Dai, Yin, Jha 2018, arXiv 1711.02017.
-    Differs: connections only; neurons are not grown, and no bridging gradient is formed.
+    Differs: connections only; `methods.grow_neurons` widens layers before they are swapped.
     """
     check_moves(
         steps,
@@ -352,7 +352,7 @@ def top_kast(
     *,
     every: int = 1,
     decay: float = 1e-4,
-    explore: float = 0.1,
+    explore: float = 0.3,
     pause: int = 100,
 ) -> Recipe:
     """Top-KAST on stored weights: all of them learn (set B), the forward pass uses the largest (A).
