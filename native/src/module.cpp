@@ -13,6 +13,7 @@
 #include "module.h"
 #include "module_attention.h"
 #include "nm.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace prunus;
@@ -347,6 +348,9 @@ NB_MODULE(_native, m) {
   m.def("refused_isas", &refused_isas);
   m.def("active_isa", [] { return kernels_at(active_index()).isa; });
   m.def("set_active_isa", &set_active_isa, nb::arg("name"));
+  m.def("lend_team", [](uintptr_t address) { lend_team(reinterpret_cast<Team>(address)); },
+        nb::arg("address"));
+  m.def("has_team", &has_team);
   m.def("grain", &grain);
   m.def("set_grain", &set_grain, nb::arg("multiply_adds"));
   m.def("table", &table);

@@ -118,14 +118,30 @@ Pool& pool() {
   return *found;
 }
 
+std::atomic<Team> lent{nullptr};
+std::atomic<long> lent_to{0};  // a fork has none of the team's threads, and would wait for them
+
+void work_on(void* job) { static_cast<Job*>(job)->work(); }
+
 }  // namespace
+
+void lend_team(Team team) {
+  lent_to.store(PRUNUS_GETPID());
+  lent.store(team);
+}
+
+bool has_team() { return lent.load() != nullptr && lent_to.load() == PRUNUS_GETPID(); }
 
 bool run_parts(int parts, Part part, void* context) {
   Job job{part, context, parts};
   if (parts > 1) {
     Pool& shared = pool();
     std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
-    if (lock.owns_lock()) return shared.run(job);
+    if (lock.owns_lock()) {
+      if (shared.owner != lent_to.load() || lent.load() == nullptr) return shared.run(job);
+      lent.load()(work_on, &job, static_cast<unsigned>(parts), 0);
+      return job.ok.load();
+    }
   }
   job.work();
   return job.ok.load();

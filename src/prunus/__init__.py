@@ -1,5 +1,9 @@
 """prunus: sparse neural networks on the CPUs that people have."""
 
+from pathlib import Path
+
+import torch
+
 from prunus import (
     allocations,
     combine,
@@ -17,6 +21,7 @@ from prunus.core import Context, Score, Site, Sparsifier, State
 from prunus.drive import Attached, attach, attached, prune, sensitivity
 from prunus.errors import PrunusError
 from prunus.evidence import Evidence, evidence
+from prunus.kernels import share_threads
 from prunus.metrics import flops_table
 from prunus.runtime import (
     Plan,
@@ -31,6 +36,8 @@ from prunus.runtime import (
 from prunus.training import sparse_training
 
 __version__ = "0.1.0"
+
+share_threads(Path(torch.__file__).parent)
 
 __all__ = [
     "Attached",

@@ -25,6 +25,7 @@ from prunus.kernels.grouping import Grouping, grouping
 from prunus.kernels.kinds import info, unpack, validate
 from prunus.kernels.network import INPUT, Arrangement, Step, arrange, network, network_ptr
 from prunus.kernels.nm import pack_nm, window_slots
+from prunus.kernels.team import share_threads
 from prunus.kernels.transformer import (
     ADDED,
     ALLOWED,
@@ -77,6 +78,7 @@ __all__ = [
     "planes_ptr",
     "reference",
     "refused_isas",
+    "share_threads",
     "table",
     "test_isas",
     "tile",
