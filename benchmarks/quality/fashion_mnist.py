@@ -34,6 +34,7 @@ from prunus.bench import (
     steps_per_epoch,
 )
 from prunus.core import Sparsifier
+from prunus.errors import NotFiniteError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import rows
@@ -225,7 +226,8 @@ def run(
     optimizer = optimizer_of(model, 0.98 if name == "global_sparse_momentum" else MOMENTUM)
     for group in optimizer.param_groups:
         group["lr"] *= SLOWER.get(name, 1.0)
-    attached, reached, last = None, 0.0, 0.0
+    attached, reached = None, 0.0
+    last: float | None = None
     if name in PROCEDURES:
         reached, last = procedure(model, name, sparsity, data, seed, epochs)
     elif name != "dense":
@@ -239,8 +241,12 @@ def run(
             seed=seed,
         )
     if name not in PROCEDURES:
-        losses = fit(model, optimizer, data, epochs=epochs, batch_size=BATCH, seed=seed)
-        reached, last = attached.sparsity if attached else 0.0, fmean(losses[-100:])
+        try:
+            losses = fit(model, optimizer, data, epochs=epochs, batch_size=BATCH, seed=seed)
+            last = fmean(losses[-100:])
+        except NotFiniteError:  # diverged: the accuracy of such a network is chance
+            last = None
+        reached = attached.sparsity if attached else 0.0
     return {
         "network": network,
         "method": name,
@@ -249,7 +255,7 @@ def run(
         "epochs": epochs,
         "accuracy": round(accuracy(model, data.test_inputs, data.test_targets), 4),
         "reached": round(reached, 6),
-        "last_loss": round(last, 4),
+        "last_loss": None if last is None else round(last, 4),
         "seconds": round(time.perf_counter() - start, 1),
     }
 
