@@ -56,4 +56,8 @@ void bitmap_i8(const Task& task) { multiply_bitmap<int8_t>(task); }
 #endif
 
 void bitmap_f32(const Task& task) { multiply_bitmap<float>(task); }
+#if defined(PRUNUS_PAIRS)
+#include "bitmap-bf16-inl.h"
+#else
 void bitmap_bf16(const Task& task) { multiply_bitmap<uint16_t>(task); }
+#endif

@@ -37,6 +37,8 @@ DIRECT_CHANNELS = 4
 """Channels per group up to which a dense convolution is tried through the packed kernels."""
 PRECISIONS = (torch.float32, torch.bfloat16, torch.int8)
 """What weights may be rounded to; each allows those before it."""
+WIDENED = (torch.float32, torch.bfloat16)
+"""What weights and inputs may be in; kernels compute in fp32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,7 @@ TABLE = (
         DENSE_BF16,
         ALL,
         lambda module: dense_layer(module, torch.bfloat16),
+        fits=lambda module: module.weight.dtype != torch.bfloat16,
         sparse=False,
         dtype=torch.bfloat16,
     ),
@@ -123,8 +126,13 @@ TABLE = (
 
 
 def ways_of(layer: Layer, module: nn.Module, dtype: torch.dtype) -> dict[str, Candidate]:
-    """{name: row} of what can run this layer with weights of this precision, or better."""
-    allowed = PRECISIONS[: PRECISIONS.index(dtype) + 1]
+    """{name: row} of what can run this layer with weights of this precision, or better.
+
+    A layer in bfloat16 loses nothing by ways that round to it.
+    """
+    own = module.weight.dtype
+    reach = max(PRECISIONS.index(known) for known in (dtype, own) if known in PRECISIONS)
+    allowed = PRECISIONS[: reach + 1]
     return {
         way.name: way
         for way in TABLE
@@ -141,15 +149,15 @@ class Call:
     dtype: torch.dtype
 
     def sample(self) -> Tensor:
-        """A random tensor of this shape and, where elements do not overlap, these strides."""
+        """A random tensor of this shape, dtype and, where elements do not overlap, strides."""
         generator = torch.Generator().manual_seed(0)
-        values = torch.randn(self.shape, generator=generator, device="cpu")
+        values = torch.randn(self.shape, generator=generator, device="cpu").to(self.dtype)
         overlapping = any(
             stride == 0 and size > 1 for size, stride in zip(self.shape, self.stride, strict=True)
         )
         if overlapping:
             return values
-        strided = torch.empty_strided(self.shape, self.stride, device="cpu")
+        strided = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="cpu")
         return strided.copy_(values)
 
     def layout(self) -> str:
@@ -287,16 +295,19 @@ def refusal(
         reason = "its weight is computed from other parameters"
     elif "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         reason = "it has forward hooks of its own"
-    elif weight.device.type != "cpu" or weight.dtype != torch.float32:
-        reason = f"its weight is {weight.dtype} on {weight.device}, kernels take float32 on the CPU"
+    elif weight.device.type != "cpu" or weight.dtype not in WIDENED:
+        reason = (
+            f"its weight is {weight.dtype} on {weight.device}, "
+            f"kernels take float32 and bfloat16 on the CPU"
+        )
     elif len(owners.get(id(weight), ())) > 1 and not tied:
         reason = f"its weight is shared by {', '.join(owners[id(weight)])}"
     elif weight.numel() == 0:
         reason = "its weight is empty"
     elif not calls:
         reason = "the example never reached it"
-    elif any(call.dtype != torch.float32 for call in calls):
-        reason = f"its input is {next(c.dtype for c in calls if c.dtype != torch.float32)}"
+    elif any(call.dtype != weight.dtype for call in calls):
+        reason = f"its input is {next(c.dtype for c in calls if c.dtype != weight.dtype)}"
     return reason
 
 
@@ -327,10 +338,10 @@ def is_finite(weight: Any) -> bool:
     return bool(torch.isfinite(weight).all())
 
 
-def dense_layer(module: nn.Module, dtype: torch.dtype = torch.float32) -> DenseLayer:
-    """The layer with a weight of its own in this dtype."""
+def dense_layer(module: nn.Module, dtype: torch.dtype | None = None) -> DenseLayer:
+    """The layer with a weight of its own, in this dtype if one is given."""
     assert isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
-    return DenseLayer(module, dtype)
+    return DenseLayer(module, module.weight.dtype if dtype is None else dtype)
 
 
 def pattern_of(weight: Tensor) -> dict[str, float]:

@@ -167,6 +167,7 @@ def in_tiles(layer: SparseLinear) -> SparseLinear:
         return layer
     blob = torch.from_numpy(kernels.tile(blob_array(layer.packed)))
     tiled = SparseLinear(blob, layer.bias)
+    tiled.weight_dtype = layer.weight_dtype
     return cast(SparseLinear, tiled.with_activation(layer.activation))
 
 

@@ -164,15 +164,23 @@ def _form(
     made: Build, example: Any, plan: Plan, options: Options, swaps: bool, merges: bool
 ) -> tuple[Plan, Form]:
     """The form to take: by the clock, by an older plan, or as the caller chose the layers."""
-    half = options.dtype != torch.float32
+    narrow = _narrow(made(Form(False)))
+    half = options.dtype != torch.float32 and not narrow
     if options.choose is None:
-        return whole(made, example, plan, swaps=swaps, merges=merges, half=half)
+        plan, form = whole(made, example, plan, swaps=swaps, merges=merges, half=half)
+        return (dataclasses.replace(plan, dtype="bfloat16") if narrow else plan), form
     old = options.replayed
     if old is None:
         return plan, Form(swaps)
     form = Form(swaps, half and old.dtype == "bfloat16", bool(old.layout), merges)
-    dtype = "bfloat16" if form.half else "float32"
+    dtype = "bfloat16" if form.half or narrow else "float32"
     return dataclasses.replace(plan, layout=old.layout, dtype=dtype), form
+
+
+def _narrow(model: nn.Module) -> bool:
+    """Whether all of a model's weights are in bfloat16 already."""
+    held = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    return held == {torch.bfloat16}
 
 
 def _folded(model: M, example: Any, calls: Calls) -> tuple[M, list[fuse.Chain]]:

@@ -50,7 +50,7 @@ class SparseConv1d(SparseConv):
         """Pack the non-zeros of a dense convolution."""
         window, stride = _single(module.kernel_size), _single(module.stride)
         padding = module.padding if isinstance(module.padding, str) else _single(module.padding)
-        return cls(
+        made = cls(
             pack_weight(module.weight, kernels.conv_block((1, window), (1, stride))),
             copied(module.bias),
             kernel_size=window,
@@ -60,6 +60,7 @@ class SparseConv1d(SparseConv):
             padding_mode=cast(PaddingMode, module.padding_mode),
             groups=module.groups,
         )
+        return made.standing_for(module)
 
     def to_dense(self) -> nn.Conv1d:
         """The same layer as nn.Conv1d, in eval mode, without a fused activation."""

@@ -26,6 +26,7 @@ from prunus.runtime.epilogue import Fusing
 from prunus.runtime.measure import interleaved, machine
 from prunus.runtime.plan import BITMAP_INT8, DENSE, DIRECT, SPARSE, Layer, Plan, Row
 from prunus.runtime.switch import Switch, bounds, bucket_of, rows_of
+from prunus.runtime.unserved import unserved
 
 Choose = Callable[[Layer], str]
 Times = Mapping[int, Mapping[str, float]]
@@ -87,6 +88,7 @@ def decide(model: nn.Module, calls: Calls, options: Options) -> tuple[Plan, dict
         if row.switch or row.choice != DENSE:
             twins[name] = _built(row, module, ways)
         rows.append(row)
+    rows += unserved(model, options.minimum_sparsity)
     reason = "as chosen" if options.choose else "not measured as a whole"
     reason = reason if any(row.sparse for row in rows) else _NO_LAYER
     where = (options.threads, kernels.active_isa(), machine())
@@ -288,6 +290,7 @@ def _weight(layer: Layer, module: nn.Module) -> dict[str, Any]:
         "kept": round(layer.nonzeros / max(weight.numel(), 1), 3),
         "pattern": candidates.pattern_of(weight),
         "bias": module.bias is not None,
+        "dtype": str(weight.dtype),
     }
 
 

@@ -48,8 +48,11 @@ class Fusing(nn.Module):
         return TORCH_ACTIVATIONS[self.activation](total)
 
 
+_ADDED = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def addable(x: Tensor, residual: Any, shape: tuple[int, ...]) -> bool:
     """Whether a kernel may add the residual to an output of this shape."""
     if not isinstance(residual, Tensor) or residual.shape != shape or not residual.is_cpu:
         return False
-    return x.dtype == residual.dtype == torch.float32
+    return x.dtype == residual.dtype and x.dtype in _ADDED

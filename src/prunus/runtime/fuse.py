@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, fx, nn
 
-from prunus.runtime.candidates import KINDS, Call, Calls, first_of
+from prunus.runtime.candidates import KINDS, WIDENED, Call, Calls, first_of
 from prunus.runtime.tracing import UNTRACEABLE, Tracer, quietly
 
 
@@ -112,7 +111,7 @@ def _foldable(layer: nn.Module, norm: nn.Module, calls: Mapping[Call, int]) -> b
         return False
     values = [*layer._parameters.values(), *norm._parameters.values(), *norm._buffers.values()]
     same = all(v is None or v.device == weight.device for v in values)
-    return same and norm.running_mean is not None and weight.dtype == torch.float32
+    return same and norm.running_mean is not None and weight.dtype in WIDENED
 
 
 def _traced(model: nn.Module, example: Any) -> dict[str, str] | None:

@@ -17,7 +17,7 @@ def grouping_of(module: nn.Module) -> Grouping | None:
     """How a layer falls into groups, from its zeros; None: it does not, or is no Linear."""
     if not isinstance(module, nn.Linear):
         return None
-    return kernels.grouping(module.weight.detach().numpy())
+    return kernels.grouping(module.weight.detach().float().numpy())
 
 
 def grouped_layer(
@@ -37,4 +37,4 @@ def grouped_layer(
     weight = module.weight.detach().to("cpu", torch.float32).contiguous().numpy()
     blob = kernels.pack_vectors(weight, groups.height, WORDS[dtype], groups.order)
     bias = None if module.bias is None else module.bias.detach().to("cpu", torch.float32)
-    return SparseLinear(torch.from_numpy(blob), bias)
+    return SparseLinear(torch.from_numpy(blob), bias).standing_for(module)

@@ -37,7 +37,7 @@ class SparseLinear(PackedWeight):
     @classmethod
     def from_dense(cls, module: nn.Linear, kind: str = "csr_f32") -> SparseLinear:
         """Pack the non-zeros of a dense layer; kind as in `kernels.pack`, bf16 and int8 round."""
-        return cls(pack_weight(module.weight, kind=kind), copied(module.bias))
+        return cls(pack_weight(module.weight, kind=kind), copied(module.bias)).standing_for(module)
 
     def to_dense(self) -> nn.Linear:
         """The same layer as nn.Linear, in eval mode, without a fused activation."""
@@ -60,6 +60,7 @@ class SparseLinear(PackedWeight):
         if residual is not None and not addable(x, residual, (*x.shape[:-1], self.out_features)):
             return self._apart(x, residual)
         source, packed, bias = self._operands(x)
+        residual = as_dtype(residual, torch.float32)
         if self._direct(source, bias, residual):
             flags = kernels.ACTIVATIONS[self.activation]
             added = None if residual is None else residual.contiguous()
@@ -132,6 +133,7 @@ class SparseConv(PackedWeight):
             size = known(source.shape, *moves).out_size
             if x.dim() != 4 or not addable(x, residual, (len(x), self.out_channels, *size)):
                 return self._apart(x, residual)
+            residual = residual.to(torch.float32)
         if self._direct(source, bias, residual):
             geometry = kept_geometry(source.shape, *moves)
             flags = kernels.ACTIVATIONS[self.activation]
@@ -193,7 +195,7 @@ class SparseConv2d(SparseConv):
     def from_dense(cls, module: nn.Conv2d) -> SparseConv2d:
         """Pack the non-zeros of a dense convolution."""
         window, stride = _pair(module.kernel_size), _pair(module.stride)
-        return cls(
+        made = cls(
             pack_weight(module.weight, kernels.conv_block(window, stride)),
             copied(module.bias),
             kernel_size=window,
@@ -203,6 +205,7 @@ class SparseConv2d(SparseConv):
             padding_mode=cast(PaddingMode, module.padding_mode),
             groups=module.groups,
         )
+        return made.standing_for(module)
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer as nn.Conv2d, in eval mode, without a fused activation."""
@@ -236,9 +239,9 @@ def copied(bias: Tensor | None) -> Tensor | None:
 
 def filled(dense, module: PackedWeight):
     """Give a meta-device layer the weight and bias of a packed one."""
-    weight = torch.from_numpy(kernels.unpack(blob_array(module.packed)))
-    state = {"weight": weight.reshape(module.weight_shape)}
+    weight = module.weight
+    state = {"weight": weight}
     if module.bias is not None:
-        state["bias"] = module.bias.detach().to(torch.float32).clone()
+        state["bias"] = module.bias.detach().to(weight.dtype, copy=True)
     dense.load_state_dict(state, assign=True)
     return dense.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from prunus import kernels
@@ -121,7 +122,8 @@ def _faster(
     return {
         name: network
         for name, network in found.items()
-        if calls[name] and _wins(modules[name], network, calls[name], threads)
+        if calls[name] and all(call.dtype == torch.float32 for call in calls[name])
+        if _wins(modules[name], network, calls[name], threads)
     }
 
 

@@ -23,7 +23,7 @@ def suits_nm(module: nn.Module) -> bool:
     """
     if not isinstance(module, nn.Linear):
         return False
-    most, full = kernels.window_slots(module.weight.detach().numpy())
+    most, full = kernels.window_slots(module.weight.detach().float().numpy())
     return 0 < most <= MOST_SLOTS and full >= FULL
 
 
@@ -37,4 +37,5 @@ def nm_layer(module: nn.Module, dtype: torch.dtype = torch.float32) -> SparseLin
         raise ShapeError(f"{type(module).__name__} has no n:m form; use SparseLinear.from_dense")
     weight = module.weight.detach().to("cpu", torch.float32).contiguous().numpy()
     bias = None if module.bias is None else module.bias.detach().to("cpu", torch.float32)
-    return SparseLinear(torch.from_numpy(kernels.pack_nm(weight, WORDS[dtype])), bias)
+    blob = torch.from_numpy(kernels.pack_nm(weight, WORDS[dtype]))
+    return SparseLinear(blob, bias).standing_for(module)

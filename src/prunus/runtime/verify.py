@@ -42,6 +42,18 @@ def same_randomness() -> Iterator[None]:
         yield
 
 
+def coarser(tolerance: Tolerance, *values: Any) -> Tolerance:
+    """The tolerance, or that of bfloat16 where a model, an input or an output computes in it."""
+    held = (
+        [*value.parameters(), *value.buffers()]
+        if isinstance(value, nn.Module)
+        else [tensor for _, tensor in tensors(value)]
+        for value in values
+    )
+    narrow = any(tensor.dtype == torch.bfloat16 for found in held for tensor in found)
+    return max(tolerance, BF16) if narrow else tolerance
+
+
 def expect_same(
     dense: nn.Module,
     sparse: nn.Module,
@@ -55,6 +67,7 @@ def expect_same(
     swapped: {name: module that computes what the layer of this name computes}, in `layers`, or in
     `dense` if there is none, to find the one to blame.
     """
+    tolerance = coarser(tolerance, dense, example)
     where = difference(dense, sparse, example, tolerance)
     if where is None:
         return
@@ -78,7 +91,7 @@ def difference(
         wanted = list(tensors(run(dense, fresh(example))))
     with same_randomness():
         found = list(tensors(run(sparse, fresh(example))))
-    return _first_difference(wanted, found, tolerance)
+    return _first_difference(wanted, found, coarser(tolerance, dense, example, dict(wanted)))
 
 
 def fresh(example: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from prunus.runtime.epilogue import Fusing
 from prunus.runtime.ops import blob_array
 
 ALIGNMENT = 64
+W = TypeVar("W", bound="PackedWeight")
 
 
 def pack_weight(weight: Tensor, block: int | None = None, kind: str = "csr_f32") -> Tensor:
@@ -59,6 +60,7 @@ class PackedWeight(Fusing, abc.ABC):
     packed: Tensor
     bias: Tensor | None
     weight_shape: tuple[int, ...]
+    weight_dtype: torch.dtype = torch.float32  # of the dense layer that this one stands for
 
     def __init__(self, packed: Tensor, bias: Tensor | None, weight_shape: tuple[int, ...]) -> None:
         """Take a blob of a [M, K] matrix; weight_shape is the dense [M, ...] with K = its rest."""
@@ -79,10 +81,16 @@ class PackedWeight(Fusing, abc.ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, fp32, unpacked anew at every access; writing to it changes nothing."""
+        """The dense weight, unpacked anew at every access; writing to it changes nothing."""
         with torch._C._DisableFuncTorch():  # pyright: ignore[reportAttributeAccessIssue]
             dense = kernels.unpack(blob_array(self.packed))
-        return torch.from_numpy(dense).reshape(self.weight_shape)
+        return torch.from_numpy(dense).reshape(self.weight_shape).to(self.weight_dtype)
+
+    def standing_for(self: W, module: nn.Module) -> W:
+        """Itself, with `weight` in bfloat16 if that of the dense layer is, which loses nothing."""
+        if getattr(module.weight, "dtype", None) == torch.bfloat16:
+            self.weight_dtype = torch.bfloat16
+        return self
 
     @property
     def kind(self) -> str:

@@ -40,13 +40,13 @@ class Odd(nn.Module):
         self.derived = type("MyLinear", (nn.Linear,), {})(8, 8)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.narrow = nn.Linear(8, 8).bfloat16()
+        self.narrow = nn.Linear(8, 8).half()
         self.plain = nn.Linear(8, 8)
 
     def forward(self, index):
         x = self.hooked(self.embed(index))
         x = self.normed(self.derived(x)) + self.attention(x, x, x)[0]
-        x = self.narrow(x.bfloat16()).float()
+        x = self.narrow(x.half()).float()
         return self.head(self.plain(x))
 
 
@@ -62,7 +62,8 @@ def test_every_refusal_has_its_reason():
         "derived": "MyLinear is not exactly nn.Linear",
         "normed": "ParametrizedLinear is not exactly nn.Linear",
         "attention.out_proj": "NonDynamicallyQuantizableLinear is not exactly nn.Linear",
-        "narrow": "its weight is torch.bfloat16 on cpu, kernels take float32 on the CPU",
+        "narrow": "its weight is torch.float16 on cpu, "
+        "kernels take float32 and bfloat16 on the CPU",
         "plain": "chosen by the caller",
     }
     assert reasons(fast) == expected
@@ -112,3 +113,51 @@ def test_without_the_native_module_everything_stays_dense():
     first, second = done.stdout.splitlines()
     assert first.startswith("Linear|no native module")
     assert second == "True"
+
+
+class Conv1D(nn.Module):
+    """The transposed linear layer of transformers."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.weight = nf, nn.Parameter(torch.randn(nx, nf))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Unserved(nn.Module):
+    """Layers that hold weights which no sparse kernel computes with."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.turned = nn.LSTM(8, 8, batch_first=True), Conv1D(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up, self.cube = nn.ConvTranspose1d(8, 8, 1), nn.Conv3d(1, 1, 3, padding=1)
+        self.plain = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.turned(self.lstm(x)[0])
+        x = self.up(self.attention(x, x, x)[0].transpose(1, 2)).transpose(1, 2)
+        return self.plain(self.cube(x[:, None, None])[:, 0, 0])
+
+
+def test_sparse_weights_without_a_kernel_are_named():
+    model = Unserved().eval()
+    fast = compile(model, torch.randn(2, 5, 8), choose=lambda layer: "csr", minimum_sparsity=0.5)
+    assert [row.name for row in fast.plan.rows] == ["attention.out_proj", "plain"]
+    names = ("lstm.weight_hh_l0", "attention.in_proj_weight", "turned.weight", "up.weight")
+    with torch.no_grad():
+        for name in (*names, "cube.weight"):
+            model.get_parameter(name).view(-1)[::2] = 0
+            model.get_parameter(name).view(-1)[1] = 0
+    fast = compile(model, torch.randn(2, 5, 8), choose=lambda layer: "csr", minimum_sparsity=0.5)
+    assert {n: why for n, why in reasons(fast).items() if "kernel for" in why} == {
+        "lstm.weight_hh_l0": "there is no sparse kernel for LSTM",
+        "attention.in_proj_weight": "there is no sparse kernel for MultiheadAttention",
+        "turned": "there is no sparse kernel for Conv1D",
+        "up": "there is no sparse kernel for ConvTranspose1d",
+        "cube": "there is no sparse kernel for Conv3d",
+    }
+    assert "no sparse kernel for Conv3d" in str(fast.plan)
+    assert fast.plan.sparse_layers == ("plain",)
