@@ -2,7 +2,7 @@
 // to bfloat16, and one instruction multiplies 16 rows by two neighbouring columns. Sums are float32.
 // After bitmap-vnni-inl.h.
 
-constexpr int kLeastHalves = 4;     // columns at a time: fewer take longer than four, on Zen 5
+constexpr int kLeastHalves = 2;     // columns at a time, so that one sums as many do
 constexpr float kLargestHalf = 3.38e38f;  // of float32 that rounds to a finite bfloat16
 
 // Of two vectors of 16 halves side by side: lane r holds r of the first and r of the second.
@@ -12,16 +12,10 @@ inline __m512i side_by_side(__m512i halves) {
   return _mm512_permutexvar_epi16(order, halves);
 }
 
-inline __m512i spread_pair(const uint16_t* from, uint64_t mask) {
-  const auto places = static_cast<__mmask32>(mask);
-  return side_by_side(_mm512_maskz_expand_epi16(places, apart(_mm512_loadu_si512(from))));
-}
-
-// sum + the products of two halves of x with two of w, in each lane. Written out, so that x stays
+// sum += the products of two halves of x with two of w, in each lane. Written out, so that x stays
 // an operand in memory.
-inline Vec dot_pair(Vec sum, const uint32_t* x, __m512i w) {
+inline void dot_pair(Vec& sum, const uint32_t* x, __m512i w) {
   asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
-  return sum;
 }
 
 // sums[j] = 16 rows times column j; x as gather_halves leaves it, `N` columns wide. The order of
@@ -33,13 +27,14 @@ inline void multiply_pairs(const uint64_t* masks, int64_t quads, const uint16_t*
   for (int j = 0; j < N; ++j) even[j] = odd[j] = zero();
   for (int64_t q = 0; q < quads; ++q, x += 2 * N) {
     const uint64_t mask = masks[q];
-    const __m512i first = spread_pair(values, mask & 0xFFFFFFFF);
-    const __m512i second = spread_pair(values + count_bits(mask << 32), mask >> 32);
+    const __m512i first = side_by_side(spread_halves(values, static_cast<uint32_t>(mask)));
+    const __m512i second = side_by_side(
+        spread_halves(values + count_bits(mask << 32), static_cast<uint32_t>(mask >> 32)));
     values += count_bits(mask);
 #pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) even[j] = dot_pair(even[j], x + j, first);
+    for (int j = 0; j < N; ++j) dot_pair(even[j], x + j, first);
 #pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) odd[j] = dot_pair(odd[j], x + N + j, second);
+    for (int j = 0; j < N; ++j) dot_pair(odd[j], x + N + j, second);
   }
   for (int j = 0; j < N; ++j) sums[j].part[0] = add(even[j], odd[j]);
 }

@@ -14,7 +14,7 @@ inline __m512i dot_bytes(__m512i sum, const uint32_t* x, __m512i w) {
 }
 
 inline __m512i spread_bytes(const int8_t* from, uint64_t mask) {
-  return _mm512_maskz_expand_epi8(mask, apart(_mm512_loadu_si512(from)));
+  return _mm512_mask_expand_epi8(none(), mask, apart(_mm512_loadu_si512(from)));
 }
 
 // high[j] = start + sum w h and low[j] = sum w l of column j, with integers that quantise made.
