@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from prunus.runtime import SparseLinear
 
 BURST = 200e-6
 """Seconds of consecutive calls that count as one measurement."""
+SETTLED = 0.01
+"""Seconds after which threads that found no work sleep: libgomp spins for some milliseconds."""
 
 
 def engines(
@@ -74,11 +77,18 @@ def check(held: Mapping[str, Any]) -> None:
 
 
 def timed(held: Mapping[str, Any], repetitions: int) -> dict[str, dict[str, float]]:
-    """{name: median, 10th and 90th percentile in seconds} of bursts in turns; closes them."""
+    """{name: median, 10th and 90th percentile in seconds} of bursts in turns; closes them.
+
+    With several threads each engine waits until those of the one before it have stopped spinning.
+    """
+    several = torch.get_num_threads() > 1
     calls = {name: max(1, round(BURST / min(e.seconds(3)))) for name, e in held.items()}
     times: dict[str, list[float]] = {name: [] for name in held}
     for _ in range(repetitions):
         for name, engine in held.items():
+            if several:
+                time.sleep(SETTLED)
+                engine.seconds(1)
             times[name].append(statistics.median(engine.seconds(calls[name])))
     for engine in held.values():
         engine.close()

@@ -100,7 +100,7 @@ BALANCED: dict[str, Make] = {
     ),
 }
 # All weights learn by the gradients of a few: at the common rate these may kill a sparse network.
-SLOWER = {"feedback_slow": 0.1, "neural_wirings_slow": 0.1}
+SLOWER = {"feedback_slow": 0.3, "neural_wirings_slow": 0.3}
 """Method -> factor on the rate."""
 CAREFUL: dict[str, Make] = {
     "feedback_slow": m.feedback,
