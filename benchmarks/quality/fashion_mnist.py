@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -106,7 +107,7 @@ CAREFUL: dict[str, Make] = {
     "feedback_slow": m.feedback,
     "neural_wirings_slow": m.neural_wirings,
 }
-PROCEDURES = ("lottery_ticket", "train_prune_finetune", "early_bird")
+PROCEDURES = ("lottery_ticket", "train_prune_finetune", "early_bird", "grow_neurons")
 NAMES = [
     "dense",
     *AT_START,
@@ -196,6 +197,8 @@ def procedure(
             model, optimizer_of, train, sparsity=sparsity, progress=False
         )[-1]
         return ticket.sparsity, ticket.result
+    if name == "grow_neurons":
+        return grown(model, sparsity, order, loop(steps), seed, epochs)
     bird = m.early_bird(
         model,
         optimizer_of,
@@ -209,6 +212,34 @@ def procedure(
     attached = pr.attach(m.fixed(bird.masks), model, optimizer, seed=seed)
     result = loop(steps)(model, optimizer, (bird.epoch + 1) * len(order))
     return attached.sparsity, result
+
+
+def grown(
+    model: nn.Module, sparsity: float, order: Order, train: m.Loop, seed: int, epochs: int
+) -> tuple[float, float]:
+    """Half of the hidden neurons for a fifth of the epochs, then all, then gradual pruning."""
+    torch.manual_seed(seed)
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    chain = list(layers)
+    for name, layer in layers.items():
+        inputs = layer.in_features // (1 if name == chain[0] else 2)
+        outputs = layer.out_features // (1 if name == chain[-1] else 2)
+        model.set_submodule(name, nn.Linear(inputs, outputs))
+    optimizer, begin = optimizer_of(model), max(1, epochs // 5)
+    for epoch in range(begin):
+        train.epoch(model, optimizer, epoch)
+    few = list(itertools.islice(iter(order), 20))
+    for first, second in itertools.pairwise(chain):
+        count = layers[first].out_features - layers[first].out_features // 2
+        m.grow_neurons(
+            model, first, second, count, batches=few, loss=loss, optimizer=optimizer, pairs=4
+        )
+    method = m.gradual_magnitude(sparsity, (epochs - begin) * len(order))
+    attached = pr.attach(method, model, optimizer, seed=seed)
+    last_loss = 0.0
+    for epoch in range(begin, epochs):
+        last_loss = train.epoch(model, optimizer, epoch)
+    return attached.sparsity, last_loss
 
 
 def run(
